@@ -1,0 +1,101 @@
+"""Placing replicates on devices."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bnjax.names import choose
+
+AXES = ("replicate", "data")
+
+T = TypeVar("T")
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Reads `replicate=2,data=1` into axis sizes; an axis that is not named has size 1.
+
+    Raises:
+        ValueError: if the text is malformed, names an unknown axis or a size below 1.
+
+    Example:
+        >>> parse_mesh("replicate=2")
+        {'replicate': 2, 'data': 1}
+    """
+    sizes = dict.fromkeys(AXES, 1)
+    for part in text.split(","):
+        axis, equals, size = (piece.strip() for piece in part.partition("="))
+        if not equals or not size.isdecimal() or int(size) < 1:
+            raise ValueError(
+                f"mesh {text!r}: expected AXIS=SIZE with sizes from 1, as in replicate=2,data=1"
+            )
+        sizes[choose("mesh axis", axis, AXES)] = int(size)
+    if sizes["data"] != 1:
+        raise ValueError(f"mesh {text!r}: splitting a batch over devices is not built yet, data=1")
+    return sizes
+
+
+def make_mesh(replicate: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Devices as a mesh with the axes `replicate` and `data`.
+
+    Args:
+        replicate: over how many devices to spread the replicates.
+        devices: which to choose from, the first first; by default all.
+
+    Raises:
+        ValueError: if there are fewer devices than that.
+    """
+    devices = jax.devices() if devices is None else devices
+    if replicate > len(devices):
+        raise ValueError(
+            f"mesh replicate={replicate},data=1 needs {replicate} devices, found {len(devices)} "
+            f"of kind {devices[0].device_kind}"
+        )
+    return Mesh(np.array(devices[:replicate]).reshape(replicate, 1), AXES)
+
+
+def replicate_data(batch: T, mesh: Mesh) -> T:
+    """A copy of all arrays on every device of the mesh."""
+    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec()))
+
+
+def map_replicates(
+    function: Callable[..., T], mesh: Mesh, per_replicate: tuple, shared: tuple = ()
+) -> T:
+    """Calls `function(*per_replicate[r], *shared)` for each replicate r and stacks the results.
+
+    The replicates are dealt to the devices of the mesh, which run theirs one after the other: on a
+    CPU that costs nothing against `vmap`, and makes the numbers of a replicate bitwise the same
+    for every number of replicates and devices.
+
+    Args:
+        function: pure; sees one replicate, without its axis.
+        mesh: with an axis `replicate`.
+        per_replicate: pytrees whose leaves have a leading axis of length R.
+        shared: pytrees that every replicate sees whole.
+    """
+    count = len(jax.tree.leaves(per_replicate)[0])
+    spare = -count % mesh.shape["replicate"]
+
+    def on_device(mine: tuple, shared: tuple) -> T:
+        return lax.map(lambda replicate: function(*replicate, *shared), mine)
+
+    spread = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(PartitionSpec("replicate"), PartitionSpec()),
+        out_specs=PartitionSpec("replicate"),
+        check_vma=False,
+    )
+    if not spare:
+        return spread(per_replicate, shared)
+    padded = jax.tree.map(lambda a: _repeat_last(a, spare), per_replicate)
+    return jax.tree.map(lambda a: a[:count], spread(padded, shared))
+
+
+def _repeat_last(a: Array, times: int) -> Array:
+    return jnp.concatenate([a, *[a[-1:]] * times])

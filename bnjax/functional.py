@@ -1,0 +1,280 @@
+"""Batch normalization on arrays: pure functions, statistics in and statistics out.
+
+Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
+Covariate Shift" (2015), algorithm 1, for input `[N, ..., C]`: features last, statistics over all
+other axes.
+
+A float32 mean of data near 1e5 is off by up to 4e-3, and the textbook E[x^2] - E[x]^2 loses every
+digit there. So everything is measured from a provisional mean: `x - provisional` is exact for
+values near it (Sterbenz), and only the small mean that remains has to be rounded.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+# Rows that are summed one after the other. Rounding errors grow with the square root of the run,
+# so longer sums are split into blocks of this many rows and the blocks' sums are summed again.
+SUM_BLOCK = 64
+
+
+class BatchStats(NamedTuple):
+    """Running statistics of one batch normalization layer.
+
+    Attributes:
+        mean: `[C]` running mean, float32 (float64 for float64 input); starts at 0.
+        var: `[C]` running variance, of the same dtype; starts at 1.
+        count: `[]` int32, the number of batches seen. Used only with `momentum=None`.
+    """
+
+    mean: Array
+    var: Array
+    count: Array | None = None  # type: ignore[assignment]
+
+
+def batch_norm_train(
+    x: Array,
+    scale: Array | None,
+    bias: Array | None,
+    stats: BatchStats,
+    *,
+    momentum: float | None = 0.9,
+    epsilon: float = 1e-5,
+    ddof: int = 0,
+    mask: Array | None = None,
+    axis_name: str | None = None,
+) -> tuple[Array, BatchStats]:
+    """Normalizes with the statistics of the batch and updates the running ones.
+
+        y = scale * (x - mean) / sqrt(var + epsilon) + bias,   var the biased batch variance
+        stats' = momentum * stats + (1 - momentum) * batch statistic
+
+    This is Flax's momentum: PyTorch's is one minus this one.
+
+    Args:
+        x: `[N, ..., C]` floating point; bfloat16 and float16 are computed in float32.
+        scale: `[C]`, or None for 1.
+        bias: `[C]`, or None for 0.
+        stats: running statistics, each `[C]`.
+        momentum: what the running statistics keep of themselves, or None for the average over
+            all batches seen (PyTorch's `momentum=None`); a missing `stats.count` then means 0.
+        epsilon: added to the variance, inside the root.
+        ddof: which variance the running one tracks: 0 biased (Flax, Keras, Haiku, CS231n),
+            1 unbiased, times n / (n - 1) (PyTorch). `y` always uses the biased one.
+        mask: boolean of shape `x.shape[:-1]`. Rows where it is False come out as 0 and have no
+            influence on anything, even when they hold NaN.
+        axis_name: a mapped axis over which to share statistics. Counts and sums are added before
+            they are divided, so that devices with unequal counts are exact.
+
+    Returns:
+        `y` with the shape and dtype of `x`, and the updated statistics. Where fewer than two rows
+        are valid, known only at run time, the statistics are returned as they came.
+
+    Raises:
+        ValueError: if the shapes leave fewer than two samples per feature, or an argument does
+            not fit `x`.
+
+    Example:
+        >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+        >>> y, stats = batch_norm_train(x, None, None, BatchStats(jnp.zeros(2), jnp.ones(2)))
+        >>> print(y.round(3))
+        [[-1. -1.]
+         [ 1.  1.]]
+        >>> print(stats.mean)
+        [0.2 2. ]
+    """
+    _check_arguments(x, scale, bias, stats, mask)
+    if ddof not in (0, 1):
+        raise ValueError(f"ddof is {ddof}: expected 0 (biased) or 1 (unbiased running variance)")
+    _check_sample_count(x, axis_name)
+
+    dtype = statistics_dtype(x)
+    valid = None if mask is None else mask.reshape(-1, 1)
+    centred, mean, var, count = _centre(_rows(x, dtype), valid, axis_name)
+    y = _scale_and_shift(centred, var, scale, bias, epsilon)
+    if valid is not None:
+        y = jnp.where(valid, y, 0)
+
+    stats = _prepare(stats, momentum, dtype)
+    running_var = var * (count / jnp.maximum(count - 1, 1)) if ddof else var
+    updated = _update(stats, mean, running_var, momentum)
+    if valid is not None:
+        updated = jax.tree.map(lambda new, old: jnp.where(count >= 2, new, old), updated, stats)
+    return y.reshape(x.shape).astype(x.dtype), updated
+
+
+def batch_norm_eval(
+    x: Array,
+    scale: Array | None,
+    bias: Array | None,
+    stats: BatchStats,
+    *,
+    epsilon: float = 1e-5,
+) -> Array:
+    """Normalizes with the running statistics; every example is treated on its own.
+
+        y = scale * (x - stats.mean) / sqrt(stats.var + epsilon) + bias
+
+    Args:
+        x: `[N, ..., C]` floating point, any N.
+        scale: `[C]`, or None for 1.
+        bias: `[C]`, or None for 0.
+        stats: running statistics, each `[C]`.
+        epsilon: added to the variance, inside the root.
+
+    Returns:
+        `y` with the shape and dtype of `x`.
+
+    Raises:
+        ValueError: if an argument does not fit `x`.
+
+    Example:
+        >>> stats = BatchStats(mean=jnp.array([2.0]), var=jnp.array([4.0]))
+        >>> print(batch_norm_eval(jnp.array([[6.0]]), None, None, stats, epsilon=0.0))
+        [[2.]]
+    """
+    _check_arguments(x, scale, bias, stats, None)
+    dtype = statistics_dtype(x)
+    centred = _rows(x, dtype) - stats.mean.astype(dtype)[None]
+    y = _scale_and_shift(centred, stats.var.astype(dtype), scale, bias, epsilon)
+    return y.reshape(x.shape).astype(x.dtype)
+
+
+def statistics_dtype(x: Array) -> jnp.dtype:
+    """The dtype of the statistics of `x`: float64 for float64 input, else float32."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _rows(x: Array, dtype: jnp.dtype) -> Array:
+    return x.astype(dtype).reshape(-1, x.shape[-1])
+
+
+def _centre(
+    x: Array, valid: Array | None, axis_name: str | None
+) -> tuple[Array, Array, Array, Array]:
+    """Centres `x` `[N, C]` over the rows where `valid` `[N, 1]` is True.
+
+    The provisional mean is a constant to differentiation: the results do not depend on it.
+
+    Returns:
+        `x - mean`, mean, biased variance, and the number of samples as a float.
+    """
+    if valid is None:
+        count = jnp.asarray(len(x), x.dtype)
+    else:
+        x = jnp.where(valid, x, 0)
+        count = jnp.sum(valid, dtype=x.dtype)
+
+    total, count = _psum((_sum_rows(lax.stop_gradient(x)), count), axis_name)
+    divisor = jnp.maximum(count, 1)
+    estimate = total / divisor
+    provisional = _drop_low_bits(estimate)
+    deviation = x - provisional[None]
+    if valid is not None:
+        deviation = jnp.where(valid, deviation, 0)
+    first, second = _psum((_sum_rows(deviation), _sum_rows(jnp.square(deviation))), axis_name)
+    remainder = first / divisor
+    var = second / divisor - jnp.square(remainder)
+    var = jnp.where(var < 0, 0, var)
+
+    # The deviations of data around zero are rounded, their plain sum is the better one; its
+    # derivative is that of the remainder.
+    mean = jnp.where(
+        jnp.square(estimate) < var,
+        estimate + (remainder - lax.stop_gradient(remainder)),
+        provisional + remainder,
+    )
+    return deviation - remainder[None], mean, var, count
+
+
+def _drop_low_bits(x: Array) -> Array:
+    """`x` to all but its last six bits.
+
+    A compiler may fuse the division behind a mean into the subtraction that uses it, and then
+    different uses see differently rounded means. A shorter number is the same number everywhere.
+    """
+    info = jnp.finfo(x.dtype)
+    return lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant - 6)
+
+
+def _sum_rows(x: Array) -> Array:
+    """Sums `[N, C]` to `[C]`, block by block."""
+    while len(x) > SUM_BLOCK:
+        blocks, rest = divmod(len(x), SUM_BLOCK)
+        sums = x[: blocks * SUM_BLOCK].reshape(blocks, SUM_BLOCK, -1).sum(axis=1)
+        x = jnp.concatenate([sums, x[-rest:]]) if rest else sums
+    return x.sum(axis=0)
+
+
+def _psum(tree: tuple[Array, Array], axis_name: str | None) -> tuple[Array, Array]:
+    return tree if axis_name is None else lax.psum(tree, axis_name)
+
+
+def _scale_and_shift(
+    centred: Array, var: Array, scale: Array | None, bias: Array | None, epsilon: float
+) -> Array:
+    factor = 1 / jnp.sqrt(var + epsilon)
+    if scale is not None:
+        factor = scale.astype(centred.dtype) * factor
+    y = centred * factor[None]
+    return y if bias is None else y + bias.astype(centred.dtype)[None]
+
+
+def _prepare(stats: BatchStats, momentum: float | None, dtype: jnp.dtype) -> BatchStats:
+    mean, var, count = stats
+    if momentum is None and count is None:
+        count = jnp.zeros((), jnp.int32)
+    return BatchStats(mean.astype(dtype), var.astype(dtype), count)
+
+
+def _update(stats: BatchStats, mean: Array, var: Array, momentum: float | None) -> BatchStats:
+    old_mean, old_var, count = stats
+    keep: Array | float
+    if momentum is None:
+        assert count is not None
+        count = count + 1
+        keep = 1 - 1 / count.astype(mean.dtype)
+    else:
+        keep = momentum
+    new_mean = keep * old_mean + (1 - keep) * mean
+    new_var = keep * old_var + (1 - keep) * var
+    return BatchStats(new_mean, new_var, count)
+
+
+def _check_arguments(
+    x: Array, scale: Array | None, bias: Array | None, stats: BatchStats, mask: Array | None
+) -> None:
+    if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"x is {x.dtype}{list(x.shape)}: expected floating point [N, ..., C], "
+            "at least one sample axis and the features last"
+        )
+    features = (x.shape[-1],)
+    given = {"scale": scale, "bias": bias, "stats.mean": stats.mean, "stats.var": stats.var}
+    for name, value in given.items():
+        if value is not None and value.shape != features:
+            raise ValueError(
+                f"{name} has shape {value.shape}: x of shape {x.shape} needs {features}"
+            )
+    if mask is not None:
+        if mask.shape != x.shape[:-1]:
+            raise ValueError(
+                f"mask has shape {mask.shape}: x of shape {x.shape} needs {x.shape[:-1]}, "
+                "one value for every sample"
+            )
+        if mask.dtype != bool:
+            raise ValueError(f"mask has dtype {mask.dtype}: expected bool, True where x counts")
+
+
+def _check_sample_count(x: Array, axis_name: str | None) -> None:
+    devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    samples = devices * math.prod(x.shape[:-1])
+    if samples < 2:
+        raise ValueError(
+            f"batch normalization in training needs at least 2 samples per feature, found "
+            f"N = {samples} in x of shape {x.shape}: use a larger batch, drop the last short "
+            "batch, or normalize with running statistics (evaluation mode)"
+        )

@@ -1,0 +1,103 @@
+"""The IDX file format of the MNIST family, read with every claim of the header checked.
+
+An IDX file is two zero bytes, a type code (8 for unsigned bytes), the number of axes, one
+big-endian 32-bit length per axis, and the values. Files may be gzipped.
+"""
+
+import gzip
+import math
+import struct
+import zlib
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+UNSIGNED_BYTE = 8
+
+# Deflate cannot pack more than 1,032 bytes into one (RFC 1951: 258 bytes in two bits).
+MAX_INFLATION = 1032
+
+
+class DataError(ValueError):
+    """Data that is missing or not what it should be."""
+
+
+def read_images(path: Path) -> np.ndarray:
+    """Reads gray images.
+
+    Args:
+        path: an IDX file, gzipped if its name ends in `.gz`.
+
+    Returns:
+        `[N, 28, 28]` uint8.
+
+    Raises:
+        DataError: if the file cannot be read, is not an IDX file of such images, or is shorter or
+            longer than its header says.
+    """
+    images = _read(path, rank=3)
+    if images.shape[1:] != (28, 28):
+        raise DataError(
+            f"{path}: the images are {images.shape[1]}x{images.shape[2]}, expected 28x28"
+        )
+    return images
+
+
+def read_labels(path: Path) -> np.ndarray:
+    """Reads class labels.
+
+    Args:
+        path: an IDX file, gzipped if its name ends in `.gz`.
+
+    Returns:
+        `[N]` int32 in 0..9.
+
+    Raises:
+        DataError: as `read_images`, or if a label is above 9.
+    """
+    labels = _read(path, rank=1).astype(np.int32)
+    if labels.size and labels.max() > 9:
+        where = int(np.argmax(labels > 9))
+        raise DataError(f"{path}: label {labels[where]} at index {where}, expected 0 to 9")
+    return labels
+
+
+def _read(path: Path, rank: int) -> np.ndarray:
+    zipped = path.suffix == ".gz"
+    try:
+        with gzip.open(path) if zipped else path.open("rb") as file:
+            limit = path.stat().st_size * (MAX_INFLATION if zipped else 1)
+            return _parse(file, path, rank, limit)
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise DataError(f"{path}: corrupt or truncated gzip stream ({error})") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _parse(file: IO[bytes] | gzip.GzipFile, path: Path, rank: int, limit: int) -> np.ndarray:
+    header = file.read(4 + 4 * rank)
+    magic = bytes([0, 0, UNSIGNED_BYTE, rank])
+    if header[:4] != magic:
+        raise DataError(
+            f"{path}: magic number {header[:4].hex() or 'missing'}, expected {magic.hex()} "
+            f"(an IDX file of unsigned bytes with {rank} {'axes' if rank > 1 else 'axis'})"
+        )
+    if len(header) < 4 + 4 * rank:
+        raise DataError(f"{path}: truncated, the header ends after {len(header)} bytes")
+    shape = struct.unpack(f">{rank}I", header[4:])
+    size = math.prod(shape)
+    if size > limit:
+        raise DataError(
+            f"{path}: truncated, the header announces {'x'.join(map(str, shape))} = {size} bytes, "
+            "more than a file of this size can hold"
+        )
+    values = file.read(size + 1)
+    if len(values) != size:
+        problem = "truncated" if len(values) < size else "oversized"
+        found = len(values) if len(values) < size else "more"
+        raise DataError(
+            f"{path}: {problem}, the header announces {'x'.join(map(str, shape))} = {size} bytes, "
+            f"found {found}"
+        )
+    return np.frombuffer(values, np.uint8).reshape(shape)

@@ -1,0 +1,94 @@
+"""Networks with and without batch normalization."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+from jax import Array
+
+from bnjax import initializers
+from bnjax.layers import BatchNorm
+from bnjax.names import choose
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": nn.relu,
+    "sigmoid": nn.sigmoid,
+    "tanh": nn.tanh,
+    "leaky_relu": nn.leaky_relu,
+    "elu": nn.elu,
+    "gelu": nn.gelu,
+    "silu": nn.silu,
+    "softplus": nn.softplus,
+}
+
+
+def activation(name: str) -> Callable[[Array], Array]:
+    """The activation function of that name, a key of `ACTIVATIONS`.
+
+    Raises:
+        ValueError: if there is none, with the nearest name.
+    """
+    return ACTIVATIONS[choose("activation", name, ACTIVATIONS)]
+
+
+class MLP(nn.Module):
+    """Dense, batch normalization, activation, for each hidden size; then Dense.
+
+    Without batch normalization the Dense layers keep their names and shapes, so that the two
+    networks can be held side by side. Normalization follows PyTorch's conventions: momentum 0.9
+    (0.1 in PyTorch's sense), epsilon 1e-5, unbiased running variance. Biases are PyTorch's.
+
+    Attributes:
+        hidden_sizes: width of each hidden layer.
+        num_classes: number of logits.
+        use_batch_norm: normalize before each activation.
+        activation: what follows each hidden layer.
+        kernel_init: initializer of all kernels.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> model = MLP(hidden_sizes=(32, 32), num_classes=10)
+        >>> variables = model.init(jax.random.key(0), jnp.zeros((2, 784)), train=True)
+        >>> model.apply(variables, jnp.ones((5, 28, 28)), train=False).shape
+        (5, 10)
+    """
+
+    hidden_sizes: tuple[int, ...] = (32, 32)
+    num_classes: int = 10
+    use_batch_norm: bool = True
+    activation: Callable[[Array], Array] = nn.relu
+    kernel_init: nn.initializers.Initializer = initializers.torch_default
+
+    @nn.compact
+    def __call__(
+        self, x: Array, *, train: bool, return_features: bool = False
+    ) -> Array | tuple[Array, list[Array]]:
+        """Computes the logits.
+
+        Args:
+            x: `[N, ...]` floating point; the axes after the first are flattened.
+            train: normalize with the batch's statistics and update the running ones (apply with
+                `mutable=["batch_stats"]`), instead of using the running ones.
+            return_features: also return what leaves each hidden layer's activation.
+
+        Returns:
+            Logits `[N, num_classes]`; with `return_features` a pair of them and a list with one
+            `[N, H]` array per hidden layer.
+
+        Raises:
+            ValueError: if `train` and a batch of one example meet batch normalization.
+        """
+        x = x.reshape(len(x), -1)
+        features = []
+        for size in self.hidden_sizes:
+            x = self._dense(size, x)
+            if self.use_batch_norm:
+                x = BatchNorm(use_running_average=not train, momentum=0.9, ddof=1)(x)
+            x = self.activation(x)
+            features.append(x)
+        logits = self._dense(self.num_classes, x)
+        return (logits, features) if return_features else logits
+
+    def _dense(self, size: int, x: Array) -> Array:
+        bias_init = initializers.torch_default_bias(fan_in=x.shape[-1])
+        return nn.Dense(size, kernel_init=self.kernel_init, bias_init=bias_init)(x)

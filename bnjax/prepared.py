@@ -1,0 +1,74 @@
+"""Datasets that TFDS prepared on this machine, read without TensorFlow."""
+
+import io
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from bnjax.idx import DataError
+
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+class DataWarning(UserWarning):
+    """Something about the data that the user should know."""
+
+
+def default_directory() -> Path:
+    """Where TFDS keeps its datasets: `$TFDS_DATA_DIR`, by default `~/tensorflow_datasets`."""
+    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def read(name: str, directory: Path) -> Arrays | None:
+    """Reads a prepared dataset.
+
+    Args:
+        name: TFDS's name of the dataset, of 28x28 gray images in ten classes.
+        directory: a TFDS data directory.
+
+    Returns:
+        Training images and labels, test images and labels, in TFDS's order; or None if the
+        dataset is not there, or only as TFRecord, which needs TensorFlow: then with a
+        `DataWarning`.
+
+    Raises:
+        DataError: if the prepared files are damaged.
+    """
+    places = [info.parent for info in (directory / name).glob("*/dataset_info.json")]
+    if not places:
+        return None
+    import tensorflow_datasets as tfds
+
+    place = max(places, key=lambda path: [int(n) for n in path.name.split(".") if n.isdecimal()])
+    try:
+        builder = tfds.builder_from_directory(place)
+        if tfds.core.FileFormat.ARRAY_RECORD not in builder.info.available_file_formats():
+            warnings.warn(
+                f"{place} is prepared as {builder.info.file_format.value}, which needs TensorFlow "
+                "to read; it is passed over",
+                DataWarning,
+                stacklevel=2,
+            )
+            return None
+        return *_read_split(builder, "train"), *_read_split(builder, "test")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(f"{place}: the prepared dataset is damaged ({error})") from error
+
+
+def _read_split(builder, split: str, chunk: int = 4096) -> tuple[np.ndarray, np.ndarray]:
+    import tensorflow_datasets as tfds
+    from PIL import Image
+
+    source = builder.as_data_source(
+        split, decoders={"image": tfds.decode.SkipDecoding()}, file_format="array_record"
+    )
+    count = len(source)
+    images, labels = np.empty((count, 28, 28), np.uint8), np.empty(count, np.int32)
+    for start in range(0, count, chunk):
+        records = source.__getitems__(range(start, min(start + chunk, count)))
+        for index, record in enumerate(records, start):
+            images[index] = np.asarray(Image.open(io.BytesIO(record["image"])))
+            labels[index] = record["label"]
+    return images, labels

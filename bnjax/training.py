@@ -1,0 +1,194 @@
+"""Training one network: pure functions from state and batch to state and sums.
+
+A batch, like the whole dataset, is a `Batch` of arrays. The functions know nothing about where it
+came from nor what the module is, beyond `module.apply(variables, images, train=...)`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.training import train_state
+from jax import Array, lax
+
+AnyArray = Array | np.ndarray
+State = TypeVar("State")
+
+
+class Batch(NamedTuple):
+    """Examples side by side.
+
+    Attributes:
+        images: `[N, ...]` uint8 in 0..255, or floating point as the module takes it.
+        labels: `[N]` integer classes.
+    """
+
+    images: AnyArray
+    labels: AnyArray
+
+
+class Metrics(NamedTuple):
+    """Sums over examples, to be divided only at the very end.
+
+    Attributes:
+        loss: sum of the cross entropies, in nats.
+        correct: number of examples whose largest logit is their label's.
+        examples: number of examples.
+    """
+
+    loss: Array
+    correct: Array
+    examples: Array
+
+
+class TrainState(train_state.TrainState):
+    """Flax's training state (`step`, `params`, `opt_state`) with the running statistics."""
+
+    batch_stats: Any
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What `module.apply` takes: `{"params": ..., "batch_stats": ...}`."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def create_state(
+    module: nn.Module, optimizer: optax.GradientTransformation, key: Array, images: AnyArray
+) -> TrainState:
+    """Initial parameters, running statistics and optimizer state.
+
+    Args:
+        module: called as `module.apply(variables, images, train=...)`.
+        optimizer: an optax gradient transformation.
+        key: a JAX random key.
+        images: `[N, ...]`, any examples of the right shape.
+    """
+    variables = module.init(key, to_float(images), train=True)
+    return TrainState.create(
+        apply_fn=module.apply,
+        params=variables["params"],
+        tx=optimizer,
+        batch_stats=variables.get("batch_stats", {}),
+    )
+
+
+def to_float(images: AnyArray) -> AnyArray:
+    """uint8 in 0..255 becomes float32 in [0, 1], as torchvision's `ToTensor`; floats stay."""
+    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
+
+
+@jax.jit
+def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    """One optimizer step on the mean cross entropy of the batch, in training mode.
+
+    Args:
+        state: the state before the step.
+        batch: `[B, ...]` images and `[B]` labels.
+
+    Returns:
+        The state after the step, with updated running statistics, and the metrics of the forward
+        pass that the gradient came from.
+    """
+
+    def loss_fn(params: Any) -> tuple[Array, tuple[Metrics, Any]]:
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        logits, updates = state.apply_fn(
+            variables, to_float(batch.images), train=True, mutable=["batch_stats"]
+        )
+        metrics = _metrics(logits, batch.labels)
+        return metrics.loss / metrics.examples, (metrics, updates)
+
+    gradients, (metrics, updates) = jax.grad(loss_fn, has_aux=True)(state.params)
+    batch_stats = updates.get("batch_stats", state.batch_stats)
+    return state.apply_gradients(grads=gradients, batch_stats=batch_stats), metrics
+
+
+@jax.jit
+def eval_step(state: TrainState, batch: Batch) -> Metrics:
+    """Metrics of a batch in evaluation mode: running statistics, no update."""
+    logits = state.apply_fn(state.variables, to_float(batch.images), train=False)
+    return _metrics(logits, batch.labels)
+
+
+@partial(jax.jit, static_argnames=("batch_size", "drop_last", "step"))
+def train_epoch(
+    state: State,
+    examples: Batch,
+    key: Array,
+    *,
+    batch_size: int,
+    drop_last: bool = True,
+    step: Callable[[State, Batch], tuple[State, Any]] = train_step,
+) -> tuple[State, Any]:
+    """Every example once, in an order drawn from `key`, as one compiled scan.
+
+    Args:
+        state: the state before the epoch, of whatever type `step` takes.
+        examples: the training set, resident on the device.
+        key: decides the order and nothing else.
+        batch_size: examples per step, at most the number of examples.
+        drop_last: leave out what does not fill a batch; otherwise it is one more, smaller step.
+        step: `(state, batch) -> (state, metrics)`.
+
+    Returns:
+        The state after the epoch and the metrics of the steps, stacked along the first axis.
+    """
+    count = len(examples.labels)
+    steps, rest = divmod(count, batch_size)
+    order = jax.random.permutation(key, count)
+    batches = order[: steps * batch_size].reshape(steps, batch_size)
+    state, metrics = lax.scan(lambda s, index: step(s, _take(examples, index)), state, batches)
+    if rest and not drop_last:
+        state, last = step(state, _take(examples, order[-rest:]))
+        metrics = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), metrics, last)
+    return state, metrics
+
+
+@partial(jax.jit, static_argnames="batch_size")
+def evaluate(state: TrainState, examples: Batch, *, batch_size: int = 1000) -> Metrics:
+    """Metrics of every example once, in evaluation mode; the last short batch counts as well.
+
+    Args:
+        state: what to evaluate.
+        examples: the whole set, resident on the device.
+        batch_size: examples per step. The result does not depend on it but for rounding.
+    """
+    steps, rest = divmod(len(examples.labels), batch_size)
+    whole = jax.tree.map(
+        lambda a: a[: steps * batch_size].reshape(steps, batch_size, *a.shape[1:]), examples
+    )
+    metrics = lax.map(lambda batch: eval_step(state, batch), whole)
+    total = jax.tree.map(lambda a: a.sum(0, dtype=a.dtype), metrics)
+    if rest:
+        last = eval_step(state, jax.tree.map(lambda a: a[-rest:], examples))
+        total = jax.tree.map(jnp.add, total, last)
+    return total
+
+
+def _take(examples: Batch, index: Array) -> Batch:
+    return Batch(*(a[index] for a in examples))
+
+
+def _metrics(logits: Array, labels: AnyArray) -> Metrics:
+    chex.assert_rank([logits, labels], [2, 1])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    correct = jnp.sum(_is_first_largest(logits, labels), dtype=jnp.int32)
+    return Metrics(losses.sum(), correct, jnp.asarray(len(labels), jnp.int32))
+
+
+def _is_first_largest(logits: Array, labels: AnyArray) -> Array:
+    """`argmax(logits) == labels`, and False where NaN stands in the way.
+
+    XLA's argmax takes longer on a CPU than the rest of the forward pass of a wide output layer.
+    """
+    labels = labels[:, None]
+    own = jnp.take_along_axis(logits, labels, axis=1)
+    earlier = jnp.arange(logits.shape[1])[None] < labels
+    beaten = jnp.where(earlier, logits < own, logits <= own)
+    return beaten.all(axis=1)

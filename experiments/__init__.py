@@ -1,0 +1,1 @@
+"""What people run: each module is `python -m experiments.<name>`."""

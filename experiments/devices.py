@@ -1,0 +1,54 @@
+"""Which devices a run uses, decided before JAX starts."""
+
+import contextlib
+import os
+from pathlib import Path
+
+import jax
+
+from bnjax.distributed import make_mesh, parse_mesh
+from bnjax.paired import Arm, Lane
+
+
+def cache_programs(directory: Path) -> None:
+    """Keeps compiled programs in `directory`, for the next run to load."""
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def make_lanes(arms: tuple[Arm, ...], mesh: str, replicates: int) -> list[Lane]:
+    """Deals arms and replicates to devices.
+
+    A CPU's cores become devices, unless `XLA_FLAGS` already says how many there are. Every arm is
+    a program of its own there, so that its numbers do not depend on its neighbours, and with
+    "auto" it has its own share of the cores. An accelerator trains all arms in one program.
+
+    Args:
+        arms: what to train.
+        mesh: "auto", or sizes as `parse_mesh` reads them: then every arm uses that mesh.
+        replicates: how many of each arm.
+
+    Raises:
+        ValueError: if the mesh does not fit the devices.
+    """
+    wanted = None if mesh == "auto" else parse_mesh(mesh)["replicate"]
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # JAX runs already, with the devices it has
+            jax.config.update("jax_num_cpu_devices", wanted or _cores())
+    devices = jax.devices()
+    if devices[0].platform != "cpu":
+        return [Lane(arms, make_mesh(wanted or min(replicates, len(devices))))]
+    if wanted or len(devices) < len(arms):
+        shared = make_mesh(wanted or 1)
+        return [Lane((arm,), shared) for arm in arms]
+    share = len(devices) // len(arms)
+    return [
+        Lane((arm,), make_mesh(min(replicates, share), devices[k * share : (k + 1) * share]))
+        for k, arm in enumerate(arms)
+    ]
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,304 @@
+"""Trains a network with batch normalization and its twin without it on the same batches.
+
+Examples:
+
+    python -m experiments.mnist_bn
+    python -m experiments.mnist_bn --preset deep10 --replicates 5
+    python -m experiments.mnist_bn --learning-rate 0.01 --hidden-sizes 64 64 64
+    python -m experiments.mnist_bn --resume runs/DIR --epochs 30
+
+It prints a line per epoch and leaves a run directory: the numbers (metrics.jsonl, summary.json),
+the settings (config.json), pictures, and report.html, which opens without a network.
+
+Exit status: 0 success, 2 a mistake in the command, the settings or the data, 3 every replicate of
+one network diverged, 130 after Ctrl-C, 143 after SIGTERM.
+"""
+
+import dataclasses
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from rich.console import Console
+
+from bnjax import checkpoint, data, diagnostics, initializers, models, paired
+from bnjax.data import Dataset
+from bnjax.paired import Arm, Lane
+from bnjax.training import Batch
+from experiments import console as display
+from experiments import devices, options, runs
+from experiments.options import Options
+from experiments.presets import Experiment
+
+PROG = "python -m experiments.mnist_bn"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that is ready to start: everything checked, nothing written yet."""
+
+    options: Options
+    dataset: Dataset
+    config: dict[str, Any]
+    path: Path
+    lanes: list[Lane]
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    console = Console()
+    path: Path | None = None
+    try:
+        with _sigterm_raises():
+            plan = prepare(arguments, console)
+            if plan is None:
+                return 0
+            path = plan.path
+            return run(plan, console)
+    except ValueError as error:
+        if path:
+            raise
+        display.print_plain(Console(stderr=True), f"error: {error}")
+        return 2
+    except (KeyboardInterrupt, Terminated) as stop:
+        hint = f"; go on with: {PROG} --resume {path}" if path and path.exists() else ""
+        display.print_plain(Console(stderr=True), f"stopped{hint}")
+        return 130 if isinstance(stop, KeyboardInterrupt) else 143
+
+
+def prepare(arguments: Sequence[str], console: Console) -> Plan | None:
+    """Reads the command line, loads the data and checks everything; None if nothing is left to do.
+
+    Raises:
+        ValueError: with one sentence for the user.
+        SystemExit: with status 2 after tyro has shown a usage error, with 0 after the help.
+    """
+    chosen, saved = _read_options(arguments)
+    experiment, execution = chosen.experiment, chosen.execution
+    if execution.resume and runs.is_finished(execution.resume, experiment.epochs):
+        display.print_plain(console, f"{execution.resume} is finished: {experiment.epochs} epochs")
+        return None
+    if execution.out:
+        runs.check_free(execution.out)
+
+    dataset = _load_data(experiment.dataset, execution.data_dir, console)
+    experiment.check_against(dataset)
+    found = {"name": dataset.name, "sha256": data.fingerprint(dataset)}
+    requested = saved["dataset"]["requested"] if saved else experiment.dataset
+    if saved and saved["dataset"]["sha256"] != found["sha256"]:
+        raise ValueError(
+            f"{execution.resume} was trained on other data: its {saved['dataset']['name']} has "
+            f"SHA-256 {saved['dataset']['sha256'][:12]}..., this {found['name']} has "
+            f"{found['sha256'][:12]}..."
+        )
+
+    if execution.cache:
+        devices.cache_programs(data.cache_directory() / "programs")
+    lanes = devices.make_lanes(make_arms(experiment), execution.mesh, experiment.replicates)
+    path = execution.resume or execution.out
+    path = path or runs.default_path(experiment.preset, dataset.name)
+    data_dir = execution.data_dir and execution.data_dir.absolute()
+    experiment = dataclasses.replace(experiment, dataset=dataset.name)
+    execution = dataclasses.replace(execution, data_dir=data_dir)
+    config = {
+        "experiment": dataclasses.asdict(experiment),
+        "execution": _jsonable(dataclasses.asdict(execution)),
+        "dataset": {**found, "requested": requested},
+        **runs.provenance(),
+        "device_kind": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+        "process_count": jax.process_count(),
+        "mesh": dict(lanes[0].mesh.shape),
+    }
+    return Plan(Options(experiment, execution), dataset, config, path, lanes)
+
+
+def _read_options(arguments: Sequence[str]) -> tuple[Options, dict[str, Any] | None]:
+    preset, resume = options.preset_and_resume(arguments)
+    if not resume:
+        return options.parse(arguments, options.preset_defaults(preset), PROG, __doc__ or ""), None
+    saved = runs.read_config(resume)
+    before = Experiment.load(saved["experiment"])
+    defaults = Options(before, options.Execution.load(saved["execution"], resume))
+    chosen = options.parse(arguments, defaults, PROG, __doc__ or "")
+    _check_resumable(before, chosen.experiment, resume)
+    return chosen, saved
+
+
+def run(plan: Plan, console: Console) -> int:
+    """Trains, evaluates and records every epoch, then draws the report; returns the exit status."""
+    experiment, execution = plan.options.experiment, plan.options.execution
+    if execution.resume:
+        runs.write_json(plan.path / "config.json", plan.config)
+    else:
+        runs.create(plan.path, plan.config)
+    display.print_plain(console, f"run directory: {plan.path}")
+
+    dataset = plan.dataset
+    train = Batch(dataset.train_images, dataset.train_labels)
+    test = Batch(dataset.test_images, dataset.test_labels)
+    example = _choose_example(test, execution.feature_digit)
+    runs.write_arrays(
+        plan.path / "probes" / "example.npz",
+        {"image": np.asarray(example.images[0]), "label": np.asarray(example.labels[0])},
+    )
+    keys = paired.replicate_keys(experiment.seed, experiment.replicates)
+    states = paired.create_states(plan.lanes, keys, train.images[:2])
+
+    with checkpoint.Checkpoints(plan.path / "checkpoints") as checkpoints:
+        done, states = checkpoints.restore(states)
+        runs.truncate_metrics(plan.path, done)
+        epochs = paired.run(
+            plan.lanes,
+            states,
+            keys,
+            train,
+            test,
+            epochs=range(done + 1, experiment.epochs + 1),
+            batch_size=experiment.batch_size,
+            drop_last=experiment.drop_last,
+        )
+        with display.EpochLines(console, experiment, done, execution.progress) as epoch_lines:
+            for epoch in epochs:
+                lines = metric_lines(epoch)
+                runs.append_metrics(plan.path, lines)
+                epoch_lines.add(lines)
+                probes = probe(plan.lanes, epoch.states, example)
+                runs.write_arrays(plan.path / "probes" / f"epoch-{epoch.number:03}.npz", probes)
+                checkpoints.save(epoch.number, epoch.states)
+
+    return _finish(plan.path, console)
+
+
+def make_arms(experiment: Experiment) -> tuple[Arm, ...]:
+    """The network with batch normalization and its twin without, each with Adam."""
+
+    def arm(name: str, use_batch_norm: bool, init: str) -> Arm:
+        module = models.MLP(
+            hidden_sizes=experiment.hidden_sizes,
+            num_classes=experiment.num_classes,
+            use_batch_norm=use_batch_norm,
+            activation=models.activation(experiment.activation),
+            kernel_init=initializers.kernel(init),
+        )
+        return Arm(name, module, optax.adam(experiment.learning_rate))
+
+    return arm("bn", True, experiment.bn_init), arm("no_bn", False, experiment.no_bn_init)
+
+
+def metric_lines(epoch: paired.Epoch) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` for one epoch."""
+    values = {
+        arm: {
+            "train_cost": _divide(steps.loss, steps.examples).mean(axis=1),
+            "train_loss": _divide(epoch.train[arm].loss, epoch.train[arm].examples),
+            "train_accuracy": _divide(epoch.train[arm].correct, epoch.train[arm].examples),
+            "test_loss": _divide(epoch.test[arm].loss, epoch.test[arm].examples),
+            "test_accuracy": _divide(epoch.test[arm].correct, epoch.test[arm].examples),
+        }
+        for arm, steps in epoch.steps.items()
+    }
+    replicates = len(values[runs.ARMS[0]]["train_cost"])
+    return [
+        {
+            "epoch": epoch.number,
+            "arm": arm,
+            "replicate": replicate,
+            **{name: float(column[replicate]) for name, column in values[arm].items()},
+            "seconds": epoch.seconds,
+        }
+        for replicate in range(replicates)
+        for arm in runs.ARMS
+    ]
+
+
+def probe(lanes: Sequence[Lane], states: paired.States, example: Batch) -> dict[str, np.ndarray]:
+    """What the diagnostics see in each arm, `{arm/name: [R, ...]}`."""
+    return {
+        f"{arm.name}/{name}": np.asarray(values)
+        for lane in lanes
+        for arm in lane.arms
+        for name, values in _probe_arm(arm.module, states[arm.name].variables, example).items()
+    }
+
+
+@partial(jax.jit, static_argnames="module")
+def _probe_arm(module: models.MLP, variables: Any, example: Batch) -> dict[str, jax.Array]:
+    return jax.lax.map(lambda one: diagnostics.features(module, one, example), variables)
+
+
+def _finish(path: Path, console: Console) -> int:
+    from experiments import report  # matplotlib takes a third of a second
+
+    lines = runs.read_metrics(path)
+    summary = runs.summarize(lines)
+    report.write(path, summary)
+    runs.write_json(path / "summary.json", summary)
+    console.print(display.closing_table(summary))
+    display.print_plain(console, f"report: {path / 'report.html'}")
+    diverged = [arm for arm in runs.ARMS if summary["arms"][arm]["train_cost"]["n"] == 0]
+    for arm in diverged:
+        display.print_plain(Console(stderr=True), f"error: every replicate of {arm} has diverged")
+    return 3 if diverged else 0
+
+
+def _check_resumable(before: Experiment, after: Experiment, path: Path) -> None:
+    changed = options.changes(before, after)
+    old, new = changed.pop("epochs", (0, 0))
+    if new < old:
+        raise ValueError(f"{path} was started for {old} epochs: epochs may only grow, not {new}")
+    if changed:
+        told = ", ".join(f"{name} was {a}, now {b}" for name, (a, b) in changed.items())
+        raise ValueError(f"{path} cannot go on with other settings: {told}")
+
+
+def _load_data(name: str, directory: Path | None, console: Console) -> Dataset:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", data.DataWarning)
+        dataset = data.load(name, directory)
+    for warning in caught:
+        display.print_plain(console, f"NOTE: {warning.message}", style="bold yellow")
+    return dataset
+
+
+def _choose_example(test: Batch, digit: int) -> Batch:
+    index = int(np.argmax(test.labels == digit))
+    return Batch(test.images[index : index + 1], test.labels[index : index + 1])
+
+
+def _divide(sums: jax.Array, counts: jax.Array) -> np.ndarray:
+    return np.asarray(sums, np.float64) / np.asarray(counts, np.float64)
+
+
+def _jsonable(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    def raise_terminated(*_: object) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, raise_terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""The command line of an experiment: two frozen dataclasses, shown as one flat list of flags."""
+
+import argparse
+import dataclasses
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from bnjax.distributed import parse_mesh
+from bnjax.names import choose
+from experiments.presets import PRESETS, Experiment
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Everything about a run that does not decide its numbers.
+
+    Raises:
+        ValueError: if a value is not usable, in one sentence.
+    """
+
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Where the dataset's IDX files are, gzipped or not, flat or as torchvision arranges them.
+    Without it: $BNJAX_DATA_DIR, then what TFDS prepared, then a download that is kept."""
+
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Run directory to create; by default runs/PRESET-DATASET-TIME."""
+
+    resume: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Run directory to go on in, with its own settings; only --epochs may grow."""
+
+    mesh: Annotated[str, tyro.conf.arg(metavar="replicate=N,data=1")] = "auto"
+    """Devices to spread the replicates over; by default as many as there are replicates and
+    cores (or accelerators)."""
+
+    feature_digit: Annotated[int, tyro.conf.arg(metavar="0..9")] = 6
+    """Class of the test example whose activations are recorded after each epoch and drawn."""
+
+    cache: bool = True
+    """Keep compiled programs in $XDG_CACHE_HOME/bnjax, so that the next run starts sooner."""
+
+    progress: bool = True
+    """Show a progress bar where the output is a terminal."""
+
+    def __post_init__(self) -> None:
+        if self.mesh != "auto":
+            parse_mesh(self.mesh)
+        if not 0 <= self.feature_digit <= 9:
+            raise ValueError(f"feature_digit is {self.feature_digit}: expected 0 to 9")
+        if self.out and self.resume:
+            raise ValueError("--out and --resume exclude each other: a run goes on where it is")
+
+    @classmethod
+    def load(cls, values: Mapping[str, Any], resume: Path) -> "Execution":
+        """What a saved run used, to be resumed in `resume`."""
+        data_dir = values.get("data_dir")
+        return cls(
+            data_dir=Path(data_dir) if data_dir else None,
+            resume=resume,
+            feature_digit=values.get("feature_digit", cls.feature_digit),
+        )
+
+
+@dataclass(frozen=True)
+class Options:
+    """Both at once, for tyro."""
+
+    experiment: Experiment
+    execution: Execution
+
+
+def preset_and_resume(arguments: Sequence[str]) -> tuple[str, Path | None]:
+    """What the command line says about its own defaults: a preset's name, a run to resume."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", nargs="?")
+    parser.add_argument("--resume", nargs="?", type=Path)
+    first, _ = parser.parse_known_args(arguments)
+    return first.preset or Experiment.preset, first.resume
+
+
+def parse(arguments: Sequence[str], defaults: Options, prog: str, description: str) -> Options:
+    """Reads the command line over `defaults`; tyro ends the program on a usage error, with 2."""
+    return tyro.cli(
+        Options,
+        args=list(arguments),
+        default=defaults,
+        prog=prog,
+        description=description,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    )
+
+
+def preset_defaults(preset: str) -> Options:
+    """The defaults that a preset brings.
+
+    Raises:
+        ValueError: if there is no such preset.
+    """
+    return Options(PRESETS[choose("preset", preset, PRESETS)](), Execution())
+
+
+def changes(before: Experiment, after: Experiment) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two experiments differ: `{name: (before, after)}`."""
+    a, b = dataclasses.asdict(before), dataclasses.asdict(after)
+    return {name: (a[name], b[name]) for name in a if a[name] != b[name]}
+
+
+def command(experiment: Experiment) -> str:
+    """The command that runs an experiment: its preset, and the flags that differ from it."""
+    default = PRESETS[experiment.preset]()
+    words = ["python", "-m", "experiments.mnist_bn", "--preset", experiment.preset]
+    for name, (_, value) in changes(default, experiment).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{flag}", *map(str, values)]
+    return shlex.join(words)

@@ -1,0 +1,120 @@
+"""The pictures of a run."""
+
+import io
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, MaxNLocator
+
+from experiments.runs import ARMS
+
+LABELS = {"bn": "with BN", "no_bn": "without BN"}
+STYLES: dict[str, dict[str, Any]] = {
+    "bn": {"color": "#0b5394", "linestyle": "-", "marker": "o"},
+    "no_bn": {"color": "#d9662b", "linestyle": "--", "marker": "s"},
+}
+PANELS = (
+    ("train_cost", "Training cost", "mean batch loss in nats, log scale"),
+    ("test_loss", "Test loss", "mean cross entropy in nats, log scale"),
+    ("test_accuracy", "Test accuracy", "percent"),
+)
+
+
+def curves(by_arm: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+    """Training cost, test loss and test accuracy of both arms over the epochs.
+
+    Args:
+        by_arm: `{arm: {metric: [epochs, replicates]}}`. Several replicates are drawn as their
+            mean within plus and minus one standard deviation.
+    """
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    for axes, (metric, title, unit) in zip(figure.subplots(1, 3), PANELS, strict=True):
+        scale = 100 if metric.endswith("accuracy") else 1
+        for arm in ARMS:
+            _draw_arm(axes, arm, scale * by_arm[arm][metric])
+        if scale == 1:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        axes.set_title(title, loc="left", fontweight="bold")
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(unit)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25, which="both", linewidth=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    return figure
+
+
+def _draw_arm(axes: Axes, arm: str, values: np.ndarray) -> None:
+    epochs = np.arange(1, len(values) + 1)
+    mean = values.mean(axis=1)
+    axes.plot(epochs, mean, label=LABELS[arm], markersize=4, linewidth=1.6, **STYLES[arm])
+    if values.shape[1] > 1:
+        sd = values.std(axis=1, ddof=1)
+        axes.fill_between(
+            epochs, mean - sd, mean + sd, color=STYLES[arm]["color"], alpha=0.15, linewidth=0
+        )
+
+
+def features(image: np.ndarray, label: int, probes: Mapping[str, np.ndarray]) -> Figure:
+    """What leaves each hidden layer for one test example, with and without normalization.
+
+    Args:
+        image: `[28, 28]` the example.
+        label: its class.
+        probes: `{arm/features_k: [R, 1, H]}`; the first replicate is drawn, H values as a square.
+    """
+    layers = sum(name.startswith(f"{ARMS[0]}/features_") for name in probes)
+    figure = Figure(figsize=(1.25 * (layers + 1), 3.6), layout="constrained")
+    grid = figure.subplots(len(ARMS), layers + 1, squeeze=False)
+    for row, arm in zip(grid, ARMS, strict=True):
+        row[0].imshow(image, cmap="gray")
+        row[0].set_title("input", fontsize=9)
+        row[0].set_ylabel(LABELS[arm], fontsize=11, fontweight="bold")
+        for number, axes in enumerate(row[1:], start=1):
+            values = probes[f"{arm}/features_{number}"][0, 0]
+            axes.imshow(_as_square(values), cmap="gray")
+            axes.set_title(f"layer {number}", fontsize=9)
+            zeros = np.count_nonzero(values == 0)
+            axes.set_xlabel(f"max {values.max():.3g}\n{zeros} of {len(values)} zero", fontsize=7)
+    for axes in grid.flat:
+        axes.set_xticks([])
+        axes.set_yticks([])
+    figure.suptitle(f"Activations of a test example of class {label}, each layer on its own scale")
+    return figure
+
+
+def _as_square(values: np.ndarray) -> np.ndarray:
+    side = math.isqrt(len(values) - 1) + 1
+    padded = np.full(side * side, np.nan)
+    padded[: len(values)] = values
+    return padded.reshape(side, side)
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as a PNG at 150 dots per inch; its layout is settled then."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    figure.set_layout_engine("none")
+    return buffer.getvalue()
+
+
+def to_svg(figure: Figure) -> bytes:
+    """The figure as an SVG that is the same whenever the numbers are the same."""
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "bnjax", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` file."""
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)

@@ -1,0 +1,61 @@
+"""The page of a run: one HTML file with everything inside."""
+
+import base64
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from experiments import options, runs
+from experiments.console import TITLES, format_summary
+from experiments.presets import Experiment
+from experiments.report import figures
+
+
+def write(path: Path, summary: Mapping[str, Any]) -> None:
+    """Draws the pictures of a run and writes `report.html`.
+
+    Args:
+        path: a run directory with `config.json`, `metrics.jsonl` and `probes`.
+        summary: from `runs.summarize`.
+    """
+    config = runs.read_config(path)
+    experiment = Experiment.load(config["experiment"])
+    curves = figures.curves(runs.curves(runs.read_metrics(path)))
+    curves_png = figures.to_png(curves)
+    runs.write_bytes(path / "curves.png", curves_png)
+    runs.write_bytes(path / "curves.svg", figures.to_svg(curves))
+    features_png = _draw_features(path, experiment) if experiment.draws_features else None
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("experiments.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    html = environment.get_template("page.html.j2").render(
+        arms=runs.ARMS,
+        command=options.command(experiment),
+        config=config,
+        curves=_data_uri(curves_png),
+        experiment=experiment,
+        features=features_png and _data_uri(features_png),
+        format=format_summary,
+        summary=summary,
+        titles=TITLES,
+    )
+    runs.write_bytes(path / "report.html", html.encode())
+
+
+def _draw_features(path: Path, experiment: Experiment) -> bytes:
+    example = figures.read_arrays(path / "probes" / "example.npz")
+    probes = figures.read_arrays(path / "probes" / f"epoch-{experiment.epochs:03}.npz")
+    png = figures.to_png(figures.features(example["image"], int(example["label"]), probes))
+    runs.write_bytes(path / "features.png", png)
+    return png
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -1,0 +1,534 @@
+"""Every place a dataset may lie in, and every way it may be wrong."""
+
+import contextlib
+import gzip
+import io
+import os
+import shutil
+import struct
+import tempfile
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from bnjax.data import FILES, DataError, Dataset, DataWarning, fingerprint, load
+
+TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = FILES
+HUGE = 2**32 - 1
+NOBODY = 65534
+
+
+def idx(array: np.ndarray) -> bytes:
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def write(directory: Path, contents: dict[str, bytes], zipped: tuple[str, ...] = ()) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    for file, content in contents.items():
+        if file in zipped:
+            (directory / f"{file}.gz").write_bytes(gzip.compress(content, 1))
+        else:
+            (directory / file).write_bytes(content)
+    return directory
+
+
+def random_arrays(train: int = 20, test: int = 10, seed: int = 0) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(seed)
+    return tuple(
+        array
+        for count in (train, test)
+        for array in (
+            rng.integers(0, 256, (count, 28, 28), np.uint8),
+            rng.integers(0, 10, count, np.uint8),
+        )
+    )
+
+
+def idx_files(arrays: tuple[np.ndarray, ...]) -> dict[str, bytes]:
+    return dict(zip(FILES, map(idx, arrays), strict=True))
+
+
+def assert_holds(dataset: Dataset, arrays: tuple[np.ndarray, ...]) -> None:
+    for found, expected, dtype in zip(dataset[1:], arrays, ("uint8", "int32") * 2, strict=True):
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.fixture
+def arrays():
+    return random_arrays()
+
+
+@pytest.fixture
+def files(arrays):
+    return idx_files(arrays)
+
+
+@pytest.fixture
+def public_path():
+    """A directory that other users may enter, unlike `tmp_path`."""
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        yield Path(directory)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Takes all permissions from `path`, and root's privileges from this process."""
+    mode, user = path.stat().st_mode, os.geteuid()
+    path.chmod(0)
+    if user == 0:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        path.chmod(mode)
+
+
+@pytest.mark.parametrize("zipped", [(), FILES, FILES[::2]], ids=["plain", "gzipped", "mixed"])
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("mnist", "."),
+        ("fashion_mnist", "."),
+        ("kmnist", "."),
+        ("mnist", "MNIST/raw"),
+        ("fashion_mnist", "FashionMNIST/raw"),
+        ("kmnist", "KMNIST/raw"),
+    ],
+)
+def test_four_idx_files_load(tmp_path, arrays, files, name, folder, zipped):
+    write(tmp_path / folder, files, zipped)
+    dataset = load(name, tmp_path)
+    assert dataset.name == name
+    assert_holds(dataset, arrays)
+
+
+def test_torchvision_folders_of_several_datasets_lie_side_by_side(tmp_path, files):
+    other = random_arrays(seed=1)
+    write(tmp_path / "MNIST" / "raw", files)
+    write(tmp_path / "KMNIST" / "raw", idx_files(other))
+    assert_holds(load("kmnist", tmp_path), other)
+
+
+def test_directory_comes_from_the_environment(tmp_path, monkeypatch, arrays, files):
+    monkeypatch.setenv("BNJAX_DATA_DIR", str(write(tmp_path, files)))
+    assert_holds(load("mnist"), arrays)
+
+
+def test_argument_goes_before_the_environment(tmp_path, monkeypatch, arrays, files):
+    monkeypatch.setenv("BNJAX_DATA_DIR", str(tmp_path / "missing"))
+    assert_holds(load("mnist", str(write(tmp_path / "named", files))), arrays)
+
+
+def test_tilde_stands_for_the_home_directory(tmp_path, monkeypatch, arrays, files):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "here", files)
+    assert_holds(load("mnist", "~/here"), arrays)
+
+
+def test_auto_is_mnist_where_it_lies(tmp_path, arrays, files):
+    dataset = load("auto", write(tmp_path, files))
+    assert dataset.name == "mnist"
+    assert_holds(dataset, arrays)
+
+
+@pytest.mark.parametrize("name", ["auto", "mnist", "kmnist"])
+@pytest.mark.parametrize(
+    ("directory", "message"),
+    [("missing", "missing: no such directory"), ("empty", "empty: k?mnist is not here")],
+)
+@pytest.mark.parametrize("by", ["argument", "environment"])
+def test_named_directory_without_the_dataset_is_refused(
+    tmp_path, monkeypatch, name, directory, message, by
+):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("BNJAX_DATA_DIR", str(tmp_path / directory))
+    with pytest.raises(DataError, match=message):
+        load(name, tmp_path / directory if by == "argument" else None)
+
+
+def test_file_named_as_the_directory_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="file: no such directory"):
+        load("mnist", tmp_path / "file")
+
+
+@pytest.mark.parametrize("folder", [".", "MNIST/raw"])
+@pytest.mark.parametrize("missing", FILES)
+@pytest.mark.parametrize("name", ["auto", "mnist"])
+def test_missing_file_is_named(tmp_path, files, folder, missing, name):
+    directory = write(tmp_path / folder, files)
+    (directory / missing).unlink()
+    with pytest.raises(DataError, match=rf"{directory}: {missing}\[\.gz\] is missing"):
+        load(name, tmp_path)
+
+
+@pytest.mark.parametrize("zipped", [(), FILES], ids=["plain", "gzipped"])
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        (TRAIN_IMAGES, lambda b: b"\0\0\x0d\3" + b[4:], "magic number 00000d03, expected 00000803"),
+        (TEST_LABELS, lambda b: b"\1" + b[1:], "magic number 01000801, expected 00000801"),
+        (TRAIN_LABELS, lambda _: idx(random_arrays()[0]), "magic number 00000803, expected 000008"),
+        (TEST_IMAGES, lambda _: idx(random_arrays()[1]), "magic number 00000801, expected 000008"),
+        (TRAIN_IMAGES, lambda b: gzip.compress(b), "magic number 1f8b"),
+        (TRAIN_IMAGES, lambda _: b"", "magic number missing"),
+        (TRAIN_IMAGES, lambda b: b[:3], "magic number 000008, expected"),
+        (TRAIN_IMAGES, lambda b: b[:15], "truncated, the header ends after 15 bytes"),
+        (TRAIN_LABELS, lambda b: b[:4], "truncated, the header ends after 4 bytes"),
+        (TEST_IMAGES, lambda b: b[:16], "truncated, the header announces 10x28x28 = 7840 bytes"),
+        (TRAIN_IMAGES, lambda b: b[:-1], "truncated, .* 20x28x28 = 15680 bytes, found 15679"),
+        (TEST_LABELS, lambda b: b[:-1], "truncated, .* 10 = 10 bytes, found 9"),
+        (TEST_IMAGES, lambda b: b + b"\0", "oversized, .* 10x28x28 = 7840 bytes, found more"),
+        (TRAIN_LABELS, lambda b: b + b"\0", "oversized, .* 20 = 20 bytes, found more"),
+        (TRAIN_LABELS, lambda b: b[:11] + b"\x0a" + b[12:], "label 10 at index 3, expected 0 to 9"),
+        (TEST_LABELS, lambda b: b[:-1] + b"\xff", "label 255 at index 9, expected 0 to 9"),
+        (TRAIN_IMAGES, lambda _: idx(np.zeros((20, 32, 32), np.uint8)), "are 32x32, expected"),
+        (TEST_IMAGES, lambda _: idx(np.zeros((10, 28, 27), np.uint8)), "are 28x27, expected 28x28"),
+        (TEST_IMAGES, lambda _: idx(np.zeros((10, 28, 0), np.uint8)), "are 28x0, expected 28x28"),
+    ],
+)
+def test_damaged_file_is_named_with_what_is_wrong(tmp_path, files, file, damage, message, zipped):
+    files[file] = damage(files[file])
+    with pytest.raises(DataError, match=rf"{tmp_path}/{file}(\.gz)?: .*{message}"):
+        load("mnist", write(tmp_path, files, zipped))
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda stream: stream[: len(stream) // 2],
+        lambda stream: stream[:-1],
+        lambda stream: stream[:-12] + bytes([stream[-12] ^ 1]) + stream[-11:],
+        lambda stream: stream[:-8] + bytes(8),
+        lambda stream: stream + b"more",
+        gzip.decompress,
+    ],
+    ids=["half", "cut", "flipped bit", "wrong checksum", "trailing bytes", "not gzip"],
+)
+def test_damaged_gzip_stream_is_named(tmp_path, files, file, damage):
+    path = write(tmp_path, files, zipped=FILES) / f"{file}.gz"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=f"{path}: corrupt or truncated gzip stream"):
+        load("mnist", tmp_path)
+
+
+@pytest.mark.parametrize("zipped", [(), FILES], ids=["plain", "gzipped"])
+@pytest.mark.parametrize(
+    ("file", "shape"),
+    [(TRAIN_IMAGES, (HUGE, 28, 28)), (TEST_IMAGES, (HUGE, HUGE, HUGE)), (TRAIN_LABELS, (HUGE,))],
+)
+def test_absurd_header_is_refused_before_memory_is_taken(tmp_path, files, file, shape, zipped):
+    start = 4 + 4 * len(shape)
+    files[file] = files[file][:4] + struct.pack(f">{len(shape)}I", *shape) + files[file][start:]
+    write(tmp_path, files, zipped)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=rf"{file}(\.gz)?: .* announces {HUGE}.* can hold"):
+            load("mnist", tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("split", "image_file", "images", "labels"),
+    [
+        ("training", TRAIN_IMAGES, 20, 19),
+        ("training", TRAIN_IMAGES, 0, 20),
+        ("training", TRAIN_IMAGES, 0, 0),
+        ("test", TEST_IMAGES, 9, 10),
+        ("test", TEST_IMAGES, 10, 0),
+        ("test", TEST_IMAGES, 0, 0),
+    ],
+)
+def test_lengths_that_disagree_or_are_zero_are_refused(
+    tmp_path, files, split, image_file, images, labels
+):
+    files[image_file] = idx(np.zeros((images, 28, 28), np.uint8))
+    files[image_file.replace("images-idx3", "labels-idx1")] = idx(np.zeros(labels, np.uint8))
+    message = f"{tmp_path}: {images} {split} images and {labels} {split} labels"
+    with pytest.raises(DataError, match=message):
+        load("mnist", write(tmp_path, files))
+
+
+def test_directory_in_place_of_a_file_is_named(tmp_path, files):
+    del files[TRAIN_IMAGES]
+    (write(tmp_path, files) / TRAIN_IMAGES).mkdir()
+    with pytest.raises(DataError, match=f"{TRAIN_IMAGES}: cannot be read: Is a directory"):
+        load("mnist", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["auto", "mnist"])
+@pytest.mark.parametrize("lock", [".", "data", "data/MNIST", "data/MNIST/raw"])
+def test_directory_without_permission_is_named(public_path, files, lock, name):
+    write(public_path / "data" / "MNIST" / "raw", files)
+    with (
+        locked(public_path / lock),
+        pytest.raises(DataError, match=f"{public_path / 'data'}.*: no permission to read this"),
+    ):
+        load(name, public_path / "data")
+
+
+def test_file_without_permission_is_named(public_path, files):
+    write(public_path, files)
+    with (
+        locked(public_path / TEST_LABELS),
+        pytest.raises(DataError, match=f"{TEST_LABELS}: cannot be read: Permission denied"),
+    ):
+        load("mnist", public_path)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["gzipped", "plain"])
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("folder", [".", "FashionMNIST/raw"])
+def test_file_of_real_mnist_is_refused_as_another_dataset(
+    tmp_path, mnist_directory, files, folder, file, zipped
+):
+    foreign = (mnist_directory / f"{file}.gz").read_bytes()
+    del files[file]
+    directory = write(tmp_path / folder, files)
+    if zipped:
+        (directory / f"{file}.gz").write_bytes(foreign)
+    else:
+        (directory / file).write_bytes(gzip.decompress(foreign))
+    message = f"checksum this is {file} of mnist, expected {file} of fashion_mnist"
+    with pytest.raises(DataError, match=message):
+        load("fashion_mnist", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["images-idx3-ubyte", "labels-idx1-ubyte"])
+def test_real_training_and_test_files_swapped_are_refused(tmp_path, mnist_directory, files, kind):
+    for place, origin in (("train", "t10k"), ("t10k", "train")):
+        shutil.copy(mnist_directory / f"{origin}-{kind}.gz", tmp_path / f"{place}-{kind}.gz")
+        del files[f"{place}-{kind}"]
+    message = f"train-{kind}.gz: .* this is t10k-{kind} of mnist, expected train-{kind} of mnist"
+    with pytest.raises(DataError, match=message):
+        load("mnist", write(tmp_path, files))
+
+
+def test_real_mnist(mnist_directory):
+    dataset = load("mnist", mnist_directory)
+    assert [array.shape for array in dataset[1:]] == [
+        (60000, 28, 28),
+        (60000,),
+        (10000, 28, 28),
+        (10000,),
+    ]
+    assert dataset.train_labels[:5].tolist() == [5, 0, 4, 1, 9]
+    assert dataset.test_labels[:5].tolist() == [7, 2, 1, 0, 4]
+    assert dataset.train_images.mean() == pytest.approx(33.32, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("mnits", "mnist"), ("fashion-mnist", "fashion_mnist"), ("digit", "digits")],
+)
+def test_unknown_name_is_answered_with_the_nearest(name, nearest):
+    with pytest.raises(ValueError, match=f"unknown dataset '{name}': did you mean '{nearest}'"):
+        load(name)
+
+
+def test_data_errors_are_value_errors():
+    assert issubclass(DataError, ValueError)
+
+
+def test_digits_are_those_of_scikit_learn():
+    dataset = load("digits")
+    original = load_digits()
+    images = np.concatenate([dataset.train_images, dataset.test_images])
+    labels = np.concatenate([dataset.train_labels, dataset.test_labels])
+    assert dataset.train_images.shape == (1437, 28, 28)
+    assert dataset.test_images.shape == (360, 28, 28)
+    assert (images.dtype, labels.dtype) == ("uint8", "int32")
+    np.testing.assert_array_equal(labels, original.target)
+    assert (images.min(), images.max()) == (0, 255)
+    assert images.mean() == pytest.approx(original.images.mean() * 255 / 16, rel=0.05)
+    assert set(dataset.train_labels) == set(dataset.test_labels) == set(range(10))
+
+
+def test_each_digit_keeps_its_shape():
+    small = load_digits().images[:1437].reshape(1437, 64)
+    corners = np.linspace(0, 27, 8).round().astype(int)
+    sampled = load("digits").train_images[:, corners][:, :, corners].reshape(1437, 64)
+    for original, resized in zip(small, sampled, strict=True):
+        assert np.corrcoef(original, resized)[0, 1] > 0.9
+
+
+def test_digits_are_deterministic():
+    assert fingerprint(load("digits")) == fingerprint(load("digits"))
+
+
+def test_digits_need_no_directory(tmp_path):
+    assert load("digits", tmp_path / "missing").name == "digits"
+
+
+def test_fingerprint_is_that_of_the_arrays_whatever_the_files(tmp_path, files):
+    places = [
+        write(tmp_path / "plain", files),
+        write(tmp_path / "gzipped", files, FILES),
+        write(tmp_path / "torchvision" / "MNIST" / "raw", files, FILES[1:3]).parents[1],
+    ]
+    assert len({fingerprint(load("mnist", place)) for place in places}) == 1
+
+
+@pytest.mark.parametrize("index", range(4), ids=FILES)
+def test_fingerprint_changes_with_any_array(tmp_path, arrays, index):
+    before = fingerprint(load("mnist", write(tmp_path, idx_files(arrays))))
+    arrays[index][-1] ^= 1
+    assert fingerprint(load("mnist", write(tmp_path, idx_files(arrays)))) != before
+
+
+def test_fingerprint_changes_with_the_order(tmp_path, arrays):
+    before = load("mnist", write(tmp_path, idx_files(arrays)))
+    after = before._replace(
+        train_images=before.train_images[::-1], train_labels=before.train_labels[::-1]
+    )
+    assert fingerprint(after) != fingerprint(before)
+
+
+def png(image: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "png")
+    return stream.getvalue()
+
+
+def prepare(data_dir: Path, arrays: tuple[np.ndarray, ...], version: str = "3.0.1") -> Path:
+    """Has TFDS prepare a dataset of its form and name; returns its directory."""
+
+    class Mnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version(version)
+
+        def _info(self):
+            image = tfds.features.Image(shape=(28, 28, 1))
+            label = tfds.features.ClassLabel(num_classes=10)
+            features = tfds.features.FeaturesDict({"image": image, "label": label})
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+        def _split_generators(self, dl_manager):
+            return {
+                "train": self._generate_examples(*arrays[:2]),
+                "test": self._generate_examples(*arrays[2:]),
+            }
+
+        def _generate_examples(self, images, labels):
+            for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+                yield index, {"image": png(image), "label": int(label)}
+
+    tfds.disable_progress_bar()
+    Mnist(data_dir=data_dir, file_format="array_record").download_and_prepare(
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+    )
+    return data_dir / "mnist" / version
+
+
+def make_tfrecord(prepared: Path) -> None:
+    info = prepared / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+
+
+@pytest.mark.parametrize("name", ["auto", "mnist"])
+def test_prepared_dataset_is_found_in_the_directory_of_tfds(tmp_path, monkeypatch, arrays, name):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    prepare(tmp_path, arrays)
+    dataset = load(name)
+    assert dataset.name == "mnist"
+    assert_holds(dataset, arrays)
+
+
+def test_prepared_dataset_is_found_in_the_directory_named(tmp_path, arrays):
+    prepare(tmp_path, arrays)
+    assert_holds(load("mnist", tmp_path), arrays)
+
+
+def test_prepared_dataset_larger_than_one_reading_keeps_its_order(tmp_path):
+    arrays = random_arrays(train=4100)
+    arrays[0][:, 4:] = 0
+    prepare(tmp_path, arrays)
+    assert_holds(load("mnist", tmp_path), arrays)
+
+
+def test_prepared_dataset_of_another_name_is_not_taken(tmp_path, arrays):
+    prepare(tmp_path, arrays)
+    with pytest.raises(DataError, match="kmnist is not here"):
+        load("kmnist", tmp_path)
+
+
+def test_idx_files_go_before_a_prepared_dataset(tmp_path, arrays, files):
+    prepare(tmp_path, random_arrays(seed=1))
+    assert_holds(load("mnist", write(tmp_path, files)), arrays)
+
+
+@pytest.mark.parametrize(
+    ("versions", "highest"),
+    [(("3.0.1", "3.0.10", "3.0.9"), 1), (("10.0.0", "3.0.10"), 0), (("2.9.9", "3.0.0"), 1)],
+)
+def test_highest_version_wins(tmp_path, versions, highest):
+    candidates = [random_arrays(seed=seed) for seed in range(len(versions))]
+    for version, candidate in zip(versions, candidates, strict=True):
+        prepare(tmp_path, candidate, version)
+    assert_holds(load("mnist", tmp_path), candidates[highest])
+
+
+def test_tfrecord_is_passed_over_with_a_warning(tmp_path, arrays):
+    make_tfrecord(prepare(tmp_path, arrays))
+    with (
+        pytest.warns(DataWarning, match=r"mnist/3\.0\.1 is prepared as tfrecord, which needs Tens"),
+        pytest.raises(DataError, match=f"{tmp_path}: mnist is not here"),
+    ):
+        load("mnist", tmp_path)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda shard: shard.write_bytes(b""),
+        lambda shard: shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2]),
+        lambda shard: shard.write_bytes(shard.read_bytes()[:-1]),
+        lambda shard: shard.write_bytes(bytes(shard.stat().st_size)),
+        lambda shard: shard.unlink(),
+    ],
+    ids=["empty", "half", "cut", "zeros", "missing"],
+)
+def test_damaged_shard_is_refused(tmp_path, arrays, split, damage):
+    damage(prepare(tmp_path, arrays) / f"mnist-{split}.array_record-00000-of-00001")
+    with pytest.raises(DataError, match=r"mnist/3\.0\.1: the prepared dataset is damaged"):
+        load("mnist", tmp_path)
+
+
+NOT_YET = pytest.mark.xfail(reason="protobuf's ParseError is no ValueError", strict=True)
+
+
+@pytest.mark.parametrize("name", ["auto", "mnist"])
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        pytest.param("dataset_info.json", "", marks=NOT_YET),
+        pytest.param("dataset_info.json", '{"name": "mnist", "spl', marks=NOT_YET),
+        pytest.param("dataset_info.json", '{"nonsense": 1}', marks=NOT_YET),
+        ("dataset_info.json", "{}"),
+        ("features.json", ""),
+        ("features.json", "{}"),
+    ],
+)
+def test_damaged_description_is_refused(tmp_path, arrays, name, file, content):
+    (prepare(tmp_path, arrays) / file).write_text(content)
+    with pytest.raises(DataError, match=r"mnist/3\.0\.1: the prepared dataset is damaged"):
+        load(name, tmp_path)
+
+
+@pytest.mark.xfail(raises=PermissionError, reason="it is raised bare", strict=True)
+def test_directory_of_tfds_without_permission_is_named(public_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(public_path))
+    with locked(public_path), pytest.raises(DataError, match=f"{public_path}.*permission"):
+        load("mnist")

@@ -1,0 +1,248 @@
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+from jax.sharding import PartitionSpec
+from jax.test_util import check_grads
+from reference import batch_norm, relative_error
+
+from bnjax.distributed import make_mesh
+from bnjax.functional import BatchStats, batch_norm_eval, batch_norm_train
+
+
+def fresh_stats(features, dtype=jnp.float32):
+    return BatchStats(jnp.zeros(features, dtype), jnp.ones(features, dtype))
+
+
+def normal(shape, offset=0.0, seed=0, dtype=np.float32):
+    return (np.random.default_rng(seed).normal(size=shape) + offset).astype(dtype)
+
+
+@pytest.mark.usefixtures("strict_promotion")
+class ShapesTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.product(shape=[(7, 3), (4, 5, 6, 3)], ddof=[0, 1])
+    def test_agrees_with_the_float64_reference(self, shape, ddof):
+        x = jnp.asarray(normal(shape, offset=2.0))
+        scale, bias = jnp.array([1.0, 2.0, -3.0]), jnp.array([0.0, 1.0, 0.5])
+        stats = BatchStats(jnp.array([1.0, 2.0, 3.0]), jnp.array([4.0, 5.0, 6.0]))
+        train = self.variant(partial(batch_norm_train, momentum=0.8, ddof=ddof))
+        y, updated = train(x, scale, bias, stats)
+
+        expected, mean, var = batch_norm(x, scale, bias)
+        n = x.size // 3
+        var = var * n / (n - ddof)
+        assert relative_error(y, expected) < 1e-6
+        assert relative_error(updated.mean, 0.8 * np.array([1, 2, 3]) + 0.2 * mean) < 1e-6
+        assert relative_error(updated.var, 0.8 * np.array([4, 5, 6]) + 0.2 * var) < 1e-6
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.product(with_scale=[True, False], with_bias=[True, False])
+    def test_scale_and_bias_may_be_missing(self, with_scale, with_bias):
+        x = jnp.asarray(normal((9, 2)))
+        scale = jnp.array([2.0, 3.0]) if with_scale else None
+        bias = jnp.array([1.0, -1.0]) if with_bias else None
+        y, _ = self.variant(batch_norm_train)(x, scale, bias, fresh_stats(2))
+        expected, *_ = batch_norm(x, [2, 3] if with_scale else 1, [1, -1] if with_bias else 0)
+        assert relative_error(y, expected) < 1e-6
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_evaluation_uses_the_running_statistics(self):
+        x = jnp.asarray(normal((1, 5, 2)))
+        stats = BatchStats(jnp.array([1.0, -1.0]), jnp.array([4.0, 0.25]))
+        y = self.variant(batch_norm_eval)(x, jnp.array([2.0, 1.0]), jnp.array([0.5, 0.0]), stats)
+        expected = (np.asarray(x, np.float64) - [1, -1]) / np.sqrt(np.array([4, 0.25]) + 1e-5)
+        assert relative_error(y, expected * [2, 1] + [0.5, 0]) < 1e-6
+
+
+def train_plainly(x):
+    return batch_norm_train(x, None, None, fresh_stats(x.shape[-1]), momentum=0.0)
+
+
+def train_under_vmap(x):
+    y, stats = jax.vmap(train_plainly)(jnp.stack([x, x]))
+    return y[1], BatchStats(stats.mean[1], stats.var[1])
+
+
+def train_with_mask(x):
+    mask = jnp.ones(len(x), bool)
+    stats = fresh_stats(x.shape[-1])
+    return batch_norm_train(x, None, None, stats, momentum=0.0, mask=mask)
+
+
+JITTED = [jax.jit(train) for train in (train_plainly, train_under_vmap, train_with_mask)]
+
+
+@pytest.mark.parametrize("train", [train_plainly, *JITTED])
+@pytest.mark.parametrize("offset", [0.0, 100.0, 1e4, 1e5, -1e5])
+@pytest.mark.parametrize("rows", [7, 65, 255, 1000, 65536])
+def test_accurate_at_any_offset_and_batch_size(train, offset, rows):
+    x = normal((rows, 16), offset, seed=rows)
+    y, stats = train(jnp.asarray(x))
+    expected, mean, var = batch_norm(x, 1, 0)
+    assert relative_error(y, expected) < 1e-6
+    assert relative_error(stats.mean, mean) < 1e-6
+    assert relative_error(stats.var, var) < 1e-6
+
+
+def test_a_first_row_far_from_the_rest_does_no_harm():
+    x = normal((256, 4), offset=1e4)
+    x[0] = -1e4
+    y, stats = jax.jit(train_plainly)(jnp.asarray(x))
+    expected, _, var = batch_norm(x, 1, 0)
+    assert relative_error(y, expected) < 1e-6
+    assert relative_error(stats.var, var) < 1e-6
+
+
+@pytest.mark.usefixtures("x64")
+def test_float64_input_has_float64_statistics_and_accuracy():
+    x = normal((100, 3), offset=1e5, dtype=np.float64)
+    y, stats = train_plainly(jnp.asarray(x))
+    expected, mean, _ = batch_norm(x, 1, 0)
+    chex.assert_type([y, stats.mean, stats.var], np.float64)
+    assert relative_error(y, expected) < 1e-10
+    assert relative_error(stats.mean, mean) < 1e-15
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_low_precision_input_has_float32_statistics(dtype):
+    x = jnp.asarray(normal((4096, 3), offset=8.0)).astype(dtype)
+    y, stats = jax.jit(train_plainly)(x)
+    expected, mean, var = batch_norm(x.astype(jnp.float32), 1, 0)
+    assert y.dtype == dtype
+    chex.assert_type([stats.mean, stats.var], jnp.float32)
+    assert relative_error(stats.mean, mean) < 1e-6
+    assert relative_error(stats.var, var) < 1e-6
+    assert relative_error(y.astype(jnp.float32), expected) < float(jnp.finfo(dtype).eps)
+
+
+def test_momentum_none_averages_over_all_batches():
+    batches = [normal((10, 2), offset=k, seed=k) for k in range(4)]
+    stats = fresh_stats(2)
+    for batch in batches:
+        _, stats = batch_norm_train(jnp.asarray(batch), None, None, stats, momentum=None, ddof=1)
+    assert int(stats.count) == 4
+    assert relative_error(stats.mean, np.mean([b.mean(0) for b in batches], axis=0)) < 1e-6
+    assert relative_error(stats.var, np.mean([b.var(0, ddof=1) for b in batches], axis=0)) < 1e-6
+
+
+class MaskTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters(0, 1)
+    def test_masked_rows_have_no_influence_even_when_nan(self, ddof):
+        valid = normal((6, 3), offset=5.0)
+        x = np.full((10, 3), np.nan, np.float32)
+        mask = np.array([1, 0, 1, 1, 0, 0, 1, 1, 0, 1], bool)
+        x[mask] = valid
+        scale, bias = jnp.array([1.0, 2.0, 3.0]), jnp.array([1.0, 0.0, -1.0])
+        weights = jnp.asarray(normal((10, 3), seed=1))
+
+        def run(x, scale, bias, weights, mask=None):
+            y, stats = batch_norm_train(x, scale, bias, fresh_stats(3), ddof=ddof, mask=mask)
+            return jnp.sum(y * weights) + jnp.sum(stats.mean + stats.var), (y, stats)
+
+        run = self.variant(jax.grad(run, argnums=(0, 1, 2), has_aux=True))
+        gradients, (y, stats) = run(jnp.asarray(x), scale, bias, weights, mask)
+        expected, (y_alone, stats_alone) = run(jnp.asarray(valid), scale, bias, weights[mask])
+
+        chex.assert_trees_all_close(stats, stats_alone, rtol=1e-6)
+        np.testing.assert_allclose(y[mask], y_alone, rtol=1e-5, atol=1e-6)
+        assert not y[~mask].any()
+        np.testing.assert_allclose(gradients[0][mask], expected[0], rtol=1e-5, atol=1e-6)
+        assert not gradients[0][~mask].any()
+        chex.assert_trees_all_close(gradients[1:], expected[1:], rtol=1e-5, atol=1e-6)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.product(valid=[0, 1], momentum=[0.9, None])
+    def test_fewer_than_two_valid_rows_leave_the_statistics_alone(self, valid, momentum):
+        stats = BatchStats(jnp.array([3.0]), jnp.array([2.0]), jnp.array(7))
+        train = self.variant(partial(batch_norm_train, momentum=momentum))
+        y, updated = train(jnp.full((4, 1), 5.0), None, None, stats, mask=jnp.arange(4) < valid)
+        chex.assert_trees_all_equal(updated, stats)
+        assert jnp.isfinite(y).all()
+
+
+def test_devices_with_unequal_counts_are_exact():
+    x = normal((8, 3), offset=100.0)
+    mask = np.array([1, 1, 1, 1, 1, 0, 0, 1], bool)
+
+    @partial(jax.vmap, axis_name="devices")
+    def train(x, mask):
+        stats = fresh_stats(3)
+        return batch_norm_train(x, None, None, stats, momentum=0.0, mask=mask, axis_name="devices")
+
+    y, stats = train(jnp.asarray(x).reshape(2, 4, 3), jnp.asarray(mask).reshape(2, 4))
+    expected, mean, var = batch_norm(x, 1, 0, mask=mask)
+    assert relative_error(y.reshape(8, 3), expected) < 1e-6
+    assert relative_error(stats.mean, np.stack([mean, mean])) < 1e-6
+    assert relative_error(stats.var, np.stack([var, var])) < 1e-6
+
+
+def test_one_sample_on_each_of_two_devices_is_enough():
+    mesh = make_mesh()
+    with pytest.raises(ValueError, match="N = 1"):
+        jax.shard_map(
+            partial(batch_norm_train, axis_name="replicate"),
+            mesh=mesh,
+            in_specs=(PartitionSpec("replicate"), None, None, PartitionSpec()),
+            out_specs=(PartitionSpec("replicate"), PartitionSpec()),
+        )(jnp.ones((1, 2)), None, None, fresh_stats(2))
+    y, _ = jax.vmap(
+        lambda x: batch_norm_train(x, None, None, fresh_stats(1), axis_name="d"), axis_name="d"
+    )(jnp.array([[[1.0]], [[3.0]]]))
+    np.testing.assert_allclose(y.ravel(), [-1, 1], rtol=1e-4)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 3.0])
+def test_derivatives_to_second_order_in_both_modes(masked, offset):
+    x = jnp.asarray(normal((6, 2), offset, dtype=np.float64))
+    mask = jnp.array([1, 1, 0, 1, 1, 1], bool) if masked else None
+    scale, bias = jnp.array([1.5, -0.5]), jnp.array([0.1, 0.2])
+
+    def run(x, scale, bias):
+        y, stats = batch_norm_train(x, scale, bias, fresh_stats(2, jnp.float64), mask=mask, ddof=1)
+        return jnp.sin(y), stats.mean, jnp.log(stats.var)
+
+    check_grads(run, (x, scale, bias), order=2, modes=["fwd", "rev"], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": jnp.ones((1, 3))}, r"N = 1 in x of shape \(1, 3\): use a larger batch"),
+        ({"x": jnp.ones((0, 3))}, "N = 0"),
+        ({"x": jnp.ones(3)}, r"float32\[3\]: expected floating point"),
+        ({"x": jnp.ones((4, 3), jnp.int32)}, r"int32\[4, 3\]: expected floating point"),
+        ({"scale": jnp.ones(2)}, r"scale has shape \(2,\): x of shape \(4, 3\) needs \(3,\)"),
+        ({"bias": jnp.ones((1, 3))}, r"bias has shape \(1, 3\)"),
+        ({"stats": fresh_stats(4)}, r"stats.mean has shape \(4,\)"),
+        ({"mask": jnp.ones(3, bool)}, r"mask has shape \(3,\): .* needs \(4,\)"),
+        ({"mask": jnp.ones(4)}, "mask has dtype float32: expected bool"),
+        ({"ddof": 2}, "ddof is 2: expected 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    arguments = {"x": jnp.ones((4, 3)), "scale": None, "bias": None, "stats": fresh_stats(3)}
+    with pytest.raises(ValueError, match=message):
+        batch_norm_train(**(arguments | change))
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_agrees_with_torch(ddof):
+    torch = pytest.importorskip("torch")
+    layer = torch.nn.BatchNorm1d(4)
+    stats = fresh_stats(4)
+    for seed in range(3):
+        x = normal((20, 4), offset=3.0, seed=seed)
+        expected = layer(torch.tensor(x)).detach().numpy()
+        y, stats = batch_norm_train(jnp.asarray(x), None, None, stats, ddof=ddof)
+        assert relative_error(y, expected) < 1e-6
+    assert relative_error(stats.mean, layer.running_mean.numpy()) < 1e-6
+    same_variance = relative_error(stats.var, layer.running_var.numpy()) < 1e-6
+    assert same_variance == (ddof == 1)

@@ -1,0 +1,170 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bnjax import diagnostics, distributed, models, paired, training
+from bnjax.checkpoint import Checkpoints
+from bnjax.paired import Arm, Lane
+from bnjax.training import Batch
+
+
+def examples(count=40, seed=0):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (count, 4, 4)).astype(np.uint8)
+    return Batch(images, rng.integers(0, 10, count).astype(np.int32))
+
+
+def arm(name, use_batch_norm):
+    return Arm(name, models.MLP((8,), 10, use_batch_norm), ADAM)
+
+
+ADAM = optax.adam(1e-2)
+BN, NO_BN = arm("bn", True), arm("no_bn", False)
+
+
+def separate_lanes():
+    return [Lane((BN,), distributed.make_mesh()), Lane((NO_BN,), distributed.make_mesh())]
+
+
+def run(lanes, replicates=2, seed=0, epochs=range(1, 3), states=None):
+    """The epochs of a run, with the states copied."""
+    keys = paired.replicate_keys(seed, replicates)
+    states = states or paired.create_states(lanes, keys, examples().images)
+    results = paired.run(
+        lanes, states, keys, examples(), examples(seed=1), epochs=epochs, batch_size=8
+    )
+    return [epoch._replace(states=jax.tree.map(jnp.copy, epoch.states)) for epoch in results]
+
+
+def take(tree, replicate):
+    return jax.tree.map(lambda a: a[replicate], tree)
+
+
+def test_every_leaf_has_a_replicate_axis_also_when_there_is_one():
+    for replicates in (1, 3):
+        (epoch,) = run(separate_lanes(), replicates, epochs=range(1, 2))
+        assert set(epoch.states) == {"bn", "no_bn"}
+        chex.assert_tree_shape_prefix(epoch.states, (replicates,))
+        chex.assert_tree_shape_prefix(epoch.steps, (replicates, 5))
+        chex.assert_tree_shape_prefix((epoch.train, epoch.test), (replicates,))
+
+
+def test_a_replicate_is_bitwise_the_same_among_any_number_of_others():
+    alone, among = run(separate_lanes(), 1)[-1], run(separate_lanes(), 3)[-1]
+    for part in ("states", "steps", "train", "test"):
+        chex.assert_trees_all_equal(take(getattr(alone, part), 0), take(getattr(among, part), 0))
+
+
+def test_replicates_differ_in_weights_and_order():
+    (epoch,) = run(separate_lanes(), 2, epochs=range(1, 2))
+    losses = epoch.steps["bn"].loss
+    assert (losses[0] != losses[1]).all()
+
+
+def test_a_replicate_is_its_arm_trained_alone():
+    epochs = run(separate_lanes())
+    key = paired.replicate_keys(0, 2)[1]
+    data = jax.tree.map(jnp.asarray, examples())
+    for side in (BN, NO_BN):
+        state = training.create_state(
+            side.module, side.optimizer, paired.derive(key, f"init {side.name}"), data.images
+        )
+        for epoch in epochs:
+            order = paired.derive(key, "order", epoch.number)
+            state, steps = training.train_epoch(state, data, order, batch_size=8)
+            np.testing.assert_allclose(epoch.steps[side.name].loss[1], steps.loss, rtol=1e-4)
+
+
+def test_arms_meet_the_same_batches_in_one_program_or_in_two():
+    twin = Arm("twin", NO_BN.module, NO_BN.optimizer)
+    keys = paired.replicate_keys(0, 1)
+    mesh = distributed.make_mesh()
+    together = [Lane((NO_BN, twin), mesh)]
+    apart = [Lane((NO_BN,), mesh), Lane((twin,), mesh)]
+    for lanes in (together, apart):
+        states = paired.create_states([Lane((NO_BN,), mesh)], keys, examples().images)
+        states["twin"] = jax.tree.map(jnp.copy, states["no_bn"]).replace(apply_fn=twin.module.apply)
+        (epoch,) = run(lanes, 1, epochs=range(1, 2), states=states)
+        np.testing.assert_array_equal(epoch.steps["no_bn"].loss, epoch.steps["twin"].loss)
+
+
+def test_seeds_and_purposes_give_different_keys():
+    keys = [
+        paired.derive(paired.replicate_keys(seed, 1)[0], purpose, epoch)
+        for seed in (0, 1)
+        for purpose in ("order", "dropout")
+        for epoch in (1, 2)
+    ]
+    assert len({tuple(np.asarray(jax.random.key_data(key))) for key in keys}) == len(keys)
+
+
+def test_a_run_goes_on_from_its_state_alone():
+    whole = run(separate_lanes(), epochs=range(1, 4))
+    first = run(separate_lanes(), epochs=range(1, 2))
+    rest = run(separate_lanes(), epochs=range(2, 4), states=first[-1].states)
+    for later, expected in zip(rest, whole[1:], strict=True):
+        chex.assert_trees_all_equal(later.states, expected.states)
+        chex.assert_trees_all_equal(later.steps, expected.steps)
+
+
+def test_checkpoints_give_back_the_state_bit_by_bit(tmp_path):
+    epochs = run(separate_lanes(), epochs=range(1, 4))
+    keys = paired.replicate_keys(0, 2)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.restore("fresh") == (0, "fresh")
+        for epoch in epochs:
+            checkpoints.save(epoch.number, epoch.states)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        fresh = paired.create_states(separate_lanes(), keys, examples().images)
+        done, states = checkpoints.restore(fresh)
+    assert done == 3
+    chex.assert_trees_all_equal(states, epochs[-1].states)
+
+
+def test_a_checkpoint_of_other_networks_is_refused(tmp_path):
+    keys = paired.replicate_keys(0, 1)
+    mesh = distributed.make_mesh()
+
+    def states(first, second):
+        other = Arm("bn", models.MLP((first, second), 10), ADAM)
+        return paired.create_states([Lane((other,), mesh)], keys, examples().images)
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, states(2, 3))
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match="other variables"):
+        checkpoints.restore(jax.tree.map(lambda a: jnp.moveaxis(a, 0, -1), states(2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected AXIS=SIZE"),
+        ("replicate", "expected AXIS=SIZE"),
+        ("replicate=0", "sizes from 1"),
+        ("replicate=two", "sizes from 1"),
+        ("replicat=2", "did you mean 'replicate'"),
+        ("replicate=1,data=2", "data=1"),
+    ],
+)
+def test_malformed_meshes_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        distributed.parse_mesh(text)
+
+
+def test_a_mesh_larger_than_the_machine_is_refused():
+    with pytest.raises(ValueError, match=r"needs 999 devices, found \d"):
+        distributed.make_mesh(999)
+
+
+def test_the_feature_probe_shows_what_leaves_each_layer():
+    model = models.MLP((6, 5), 10)
+    batch = jax.tree.map(jnp.asarray, examples(3))
+    variables = model.init(jax.random.key(0), training.to_float(batch.images), train=True)
+    probe = jax.jit(diagnostics.features, static_argnums=0)(model, variables, batch)
+    _, features = model.apply(variables, batch.images / 255, train=False, return_features=True)
+    assert list(probe) == ["features_1", "features_2"]
+    for ours, expected in zip(probe.values(), features, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,179 @@
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl.testing import parameterized
+
+from bnjax import models, training
+from bnjax.training import Batch
+
+KEY = jax.random.key(0)
+
+
+def examples(count, seed=0):
+    rng = np.random.default_rng(seed)
+    images = jnp.asarray(rng.integers(0, 256, (count, 4, 4)), jnp.uint8)
+    return Batch(images, jnp.asarray(rng.integers(0, 10, count), jnp.int32))
+
+
+def fresh_state(use_batch_norm=True, optimizer=None):
+    model = models.MLP((8,), 10, use_batch_norm)
+    return training.create_state(model, optimizer or optax.sgd(0.1), KEY, examples(2).images)
+
+
+def plain_metrics(state, batch, train):
+    """Cross entropy sum and number correct, in float64 NumPy from the logits."""
+    logits = state.apply_fn(
+        state.variables, batch.images / 255, train=train, mutable=["batch_stats"]
+    )[0]
+    logits = np.asarray(logits, np.float64)
+    own = logits[np.arange(len(logits)), batch.labels]
+    losses = np.log(np.exp(logits).sum(axis=1)) - own
+    return losses.sum(), (logits.argmax(axis=1) == np.asarray(batch.labels)).sum()
+
+
+def record(state, batch):
+    """A step that only writes down which examples it saw."""
+    return state + 1, batch.labels
+
+
+class StepsTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters(True, False)
+    def test_train_step_follows_the_gradient_of_the_mean_loss(self, use_batch_norm):
+        state, batch = fresh_state(use_batch_norm), examples(12)
+        after, metrics = self.variant(training.train_step)(state, batch)
+
+        def loss(params):
+            variables = {**state.variables, "params": params}
+            logits, _ = state.apply_fn(
+                variables, batch.images / 255, train=True, mutable=["batch_stats"]
+            )
+            one_hot = jax.nn.one_hot(batch.labels, 10)
+            return -jnp.mean(jnp.sum(one_hot * jax.nn.log_softmax(logits), axis=1))
+
+        value, gradients = jax.value_and_grad(loss)(state.params)
+        expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradients)
+        chex.assert_trees_all_close(after.params, expected, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(metrics.loss / metrics.examples, value, rtol=1e-6)
+        assert int(after.step) == 1
+        assert bool(after.batch_stats) == use_batch_norm
+        if use_batch_norm:
+            moved = after.batch_stats["BatchNorm_0"]["mean"]
+            assert abs(moved).min() > 0
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_steps_count_losses_and_correct_predictions(self):
+        state, batch = fresh_state(), examples(200)
+        for step, train in ((training.eval_step, False), (training.train_step, True)):
+            result = self.variant(step)(state, batch)
+            metrics = result[1] if train else result
+            loss, correct = plain_metrics(state, batch, train)
+            np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)
+            assert (int(metrics.correct), int(metrics.examples)) == (correct, 200)
+
+
+@pytest.mark.parametrize(
+    ("logits", "label", "correct"),
+    [
+        ([1.0, 3.0, 2.0], 1, 1),
+        ([1.0, 3.0, 2.0], 2, 0),
+        ([3.0, 3.0, 2.0], 0, 1),
+        ([3.0, 3.0, 2.0], 1, 0),
+        ([np.nan, 3.0, 2.0], 1, 0),
+        ([1.0, np.nan, 2.0], 1, 0),
+        ([1.0, -np.inf, 2.0], 2, 1),
+    ],
+)
+def test_correct_means_the_first_largest_logit(logits, label, correct):
+    def apply_fn(variables, images, train):
+        return images
+
+    state = training.TrainState.create(
+        apply_fn=apply_fn, params={}, tx=optax.sgd(1), batch_stats={}
+    )
+    batch = Batch(jnp.array([logits]), jnp.array([label]))
+    assert int(training.eval_step(state, batch).correct) == correct
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize(("count", "batch_size"), [(12, 4), (13, 4), (14, 4), (5, 5)])
+def test_an_epoch_visits_every_example_once(count, batch_size, drop_last):
+    data = Batch(jnp.zeros((count, 1)), jnp.arange(count))
+    seen = []
+
+    def step(state, batch):
+        jax.debug.callback(lambda labels: seen.append(np.asarray(labels)), batch.labels)
+        return state + 1, batch.labels.sum()
+
+    state, metrics = training.train_epoch(
+        jnp.array(0), data, KEY, batch_size=batch_size, drop_last=drop_last, step=step
+    )
+    jax.effects_barrier()
+    whole, rest = divmod(count, batch_size)
+    steps = whole + (rest > 0 and not drop_last)
+    assert int(state) == steps == len(metrics)
+    visited = np.concatenate(seen)
+    assert len(np.unique(visited)) == len(visited)
+    assert len(visited) == (whole * batch_size if drop_last else count)
+    assert sorted(len(labels) for labels in seen)[0] == (
+        rest if rest and not drop_last else batch_size
+    )
+
+
+def test_the_key_alone_decides_the_order():
+    data = Batch(jnp.zeros((20, 1)), jnp.arange(20))
+    run = partial(training.train_epoch, jnp.array(0), data, batch_size=5, step=record)
+    first, again, other = (run(jax.random.key(k))[1] for k in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    assert (first.ravel() != jnp.arange(20)).any()
+
+
+def test_an_epoch_is_its_steps_one_after_the_other():
+    data, state = examples(22), fresh_state(optimizer=optax.adam(1e-2))
+    after, metrics = training.train_epoch(state, data, KEY, batch_size=8, drop_last=False)
+    order = jax.random.permutation(KEY, 22)
+    losses = []
+    for index in (order[:8], order[8:16], order[16:]):
+        state, step = training.train_step(state, Batch(data.images[index], data.labels[index]))
+        losses.append(step.loss)
+    chex.assert_trees_all_close(after.params, state.params, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(metrics.loss, losses, rtol=1e-5)
+    np.testing.assert_array_equal(metrics.examples, [8, 8, 6])
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 100, 1000])
+def test_evaluation_covers_every_example_once(batch_size):
+    state, data = fresh_state(), examples(100)
+    metrics = training.evaluate(state, data, batch_size=batch_size)
+    loss, correct = plain_metrics(state, data, train=False)
+    np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)
+    assert (int(metrics.correct), int(metrics.examples)) == (correct, 100)
+
+
+def test_evaluation_is_compiled_once():
+    state, data = fresh_state(), examples(130)
+    evaluate = jax.jit(chex.assert_max_traces(lambda *a: training.evaluate(*a, batch_size=50), n=1))
+    first = evaluate(state, data)
+    state, _ = training.train_step(state, data)
+    assert evaluate(state, data).loss != first.loss
+
+
+def test_training_reduces_the_loss():
+    state, data = fresh_state(optimizer=optax.adam(1e-2)), examples(50)
+    before = training.evaluate(state, data).loss
+    for epoch in range(20):
+        state, _ = training.train_epoch(state, data, jax.random.key(epoch), batch_size=10)
+    assert training.evaluate(state, data).loss < 0.7 * before
+
+
+@pytest.mark.parametrize("images", [np.array([[0, 255]], np.uint8), np.array([[0.0, 1.0]])])
+def test_bytes_become_unit_interval_and_floats_stay(images):
+    converted = training.to_float(jnp.asarray(images))
+    assert converted.dtype == jnp.float32
+    np.testing.assert_array_equal(converted, [[0.0, 1.0]])
