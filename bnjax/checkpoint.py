@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from bnjax.errors import CheckpointError
+
 KEEP = 2
 
 
@@ -47,7 +49,7 @@ class Checkpoints:
             states: what a fresh run starts from; gives structure, shapes, dtypes and devices.
 
         Raises:
-            ValueError: if the checkpoint holds states of another structure.
+            CheckpointError: if the checkpoint holds states of another structure.
         """
         if not self._directory.is_dir() or self._manager.latest_step() is None:
             return 0, states
@@ -56,7 +58,7 @@ class Checkpoints:
         epochs = self._manager.latest_step()
         packed = self._manager.restore(epochs, args=ocp.args.StandardRestore(_pack(states)))
         if packed["structure"] != _structure(states):
-            raise ValueError(
+            raise CheckpointError(
                 f"{self._directory}: the checkpoint holds other variables than this version of "
                 "the networks; go on with the version that wrote it, or start a new run"
             )

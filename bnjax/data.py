@@ -21,11 +21,9 @@ from typing import NamedTuple
 import numpy as np
 
 from bnjax import download, prepared
-from bnjax.idx import DataError, read_images, read_labels
+from bnjax.errors import DataError, DataWarning, DownloadError
+from bnjax.idx import read_images, read_labels
 from bnjax.names import choose
-from bnjax.prepared import DataWarning
-
-__all__ = ["NAMES", "DataError", "DataWarning", "Dataset", "cache_directory", "fingerprint", "load"]
 
 FILES = (
     "train-images-idx3-ubyte",
@@ -120,8 +118,8 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
 
     Raises:
         ValueError: if there is no dataset of that name.
-        DataError: if the dataset is missing from the directory named, is damaged, belongs to
-            another dataset, or cannot be downloaded.
+        DataError: if the dataset is missing from the directory named, is damaged or belongs to
+            another dataset; `DownloadError` if it cannot be downloaded.
 
     Example:
         >>> load("digits").train_images.shape
@@ -136,7 +134,7 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
         return _from_directory(wanted, Path(directory).expanduser())
     try:
         return _prepared(wanted, prepared.default_directory()) or _downloaded(wanted)
-    except download.DownloadError as error:
+    except DownloadError as error:
         if name != "auto":
             raise
         warnings.warn(
@@ -166,7 +164,8 @@ def _from_directory(name: str, directory: Path) -> Dataset:
     places = [directory, directory / SOURCES[name].torchvision / "raw"]
     try:
         if not directory.is_dir():
-            raise DataError(f"{directory}: no such directory; expected the IDX files of {name}")
+            problem = "not a directory" if directory.exists() else "no such directory"
+            raise DataError(f"{directory}: {problem}; expected the IDX files of {name}")
         for place in places:
             present = {entry.name for entry in place.iterdir()} if place.is_dir() else set()
             if any(f in present or f"{f}.gz" in present for f in FILES):
@@ -241,27 +240,23 @@ def _prepared(name: str, directory: Path) -> Dataset | None:
 
 def _downloaded(name: str) -> Dataset:
     source, directory = SOURCES[name], cache_directory() / "datasets" / name
-    expected = dict(zip((f"{file}.gz" for file in FILES), source.sha256, strict=True))
-    missing = [
-        (source.url + file, size, sha256)
-        for (file, sha256), size in zip(expected.items(), source.sizes, strict=True)
-        if not ((directory / file).is_file() and _sha256(directory / file) == sha256)
-    ]
-    if missing:
-        _download(name, missing, directory)
-    return _from_idx_files(name, directory, set(expected))
-
-
-def _download(name: str, missing: list[tuple[str, int, str]], directory: Path) -> None:
+    files = [f"{file}.gz" for file in FILES]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory) as temporary:
-            download.fetch(missing, Path(temporary), directory)
-    except (OSError, download.DownloadError) as error:
-        raise download.DownloadError(
+        missing = [
+            (source.url + file, size, sha256)
+            for file, size, sha256 in zip(files, source.sizes, source.sha256, strict=True)
+            if not (directory / file).is_file() or _sha256(directory / file) != sha256
+        ]
+        if missing:
+            with tempfile.TemporaryDirectory(dir=directory) as temporary:
+                download.fetch(missing, Path(temporary), directory)
+    except (OSError, DataError) as error:
+        raise DownloadError(
             f"{name} cannot be downloaded: {error}; put its four IDX files into a directory and "
             "name that with --data-dir or $BNJAX_DATA_DIR"
         ) from error
+    return _from_idx_files(name, directory, set(files))
 
 
 def _digits() -> Dataset:

@@ -7,6 +7,7 @@ arrive, and answers with one line of JSON.
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -16,10 +17,6 @@ from pathlib import Path
 from typing import Any
 
 GIVE_UP_AFTER = 10.0  # seconds without a byte
-
-
-class DownloadError(ValueError):
-    """A file that cannot be had from the network."""
 
 
 def fetch(files: list[tuple[str, int, str]], temporary: Path, directory: Path) -> None:
@@ -33,6 +30,8 @@ def fetch(files: list[tuple[str, int, str]], temporary: Path, directory: Path) -
     Raises:
         DownloadError: if one cannot be had; the others stay and are not downloaded again.
     """
+    from bnjax.errors import DownloadError  # not at the top: the script would load all of bnjax
+
     request = {"files": files, "temporary": str(temporary), "seconds": GIVE_UP_AFTER}
     process = subprocess.run(
         [sys.executable, "-P", "-W", "ignore", __file__],
@@ -48,12 +47,14 @@ def fetch(files: list[tuple[str, int, str]], temporary: Path, directory: Path) -
         answer = {"done": {}, "error": f"the download ended with status {process.returncode}"}
     for url, path in answer["done"].items():
         Path(path).replace(directory / url.rsplit("/", 1)[-1])
-    if answer["error"]:
-        raise DownloadError(answer["error"])
+    if answer["error"] or len(answer["done"]) < len(files):
+        raise DownloadError(answer["error"] or "the download ended early")
 
 
 def main() -> None:
     request = json.load(sys.stdin)
+    import tensorflow_datasets.core.download  # before the clock starts  # noqa: F401
+
     last_byte = time.monotonic()
     read_into = socket.SocketIO.readinto
 
@@ -79,16 +80,16 @@ def main() -> None:
 
 
 def _download(request: dict, answer: dict) -> None:
-    try:
-        import tensorflow_datasets as tfds
-        from tensorflow_datasets.core.download import downloader
-        from tensorflow_datasets.core.download.checksums import UrlInfo
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.download import downloader
+    from tensorflow_datasets.core.download.checksums import UrlInfo
 
-        downloader.MAX_RETRIES = 2  # of 10, which take 200 seconds where there is no network
-        infos = {
-            url: UrlInfo(size=size, checksum=sha256, filename=Path(url).name)
-            for url, size, sha256 in request["files"]
-        }
+    downloader.MAX_RETRIES = 2  # of 10, which take 200 seconds where there is no network
+    infos = {
+        url: UrlInfo(size=size, checksum=sha256, filename=Path(url).name)
+        for url, size, sha256 in request["files"]
+    }
+    try:
         manager = tfds.download.DownloadManager(
             download_dir=request["temporary"], url_infos=infos, force_checksums_validation=True
         )
@@ -99,16 +100,26 @@ def _download(request: dict, answer: dict) -> None:
 
 
 def _explain(error: Exception, host: str) -> str:
-    import requests
+    from requests import exceptions
     from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
-    if isinstance(error, NonMatchingChecksumError):
-        return f"{host} serves other bytes than the registered checksum says"
-    if isinstance(error, requests.exceptions.ChunkedEncodingError):
-        return f"{host} broke the connection off in the middle of a file"
-    if isinstance(error, requests.exceptions.ConnectionError):
-        return f"{host} cannot be reached"
-    return f"{host} did not serve the file ({' '.join(str(error).split())[:200]})"
+    text = " ".join(str(error).split())
+    match error:
+        case NonMatchingChecksumError():
+            return f"{host} serves other bytes than the registered checksum says"
+        case exceptions.ChunkedEncodingError():
+            return f"{host} broke the connection off in the middle of a file"
+        case exceptions.SSLError():
+            return f"{host} has no certificate that this machine trusts"
+        case exceptions.RetryError():
+            return f"{host} answers with server errors"
+        case exceptions.ConnectionError():
+            return f"{host} cannot be reached"
+        case OSError() if error.strerror:
+            return f"a file could not be written ({error.strerror})"
+    if status := re.search(r"HTTP code: (\d+)", text):
+        return f"{host} answers with HTTP status {status[1]}"
+    return f"{host} did not serve the file ({text[:200]})"
 
 
 def _host(request: dict) -> str:

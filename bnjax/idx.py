@@ -13,14 +13,12 @@ from typing import IO
 
 import numpy as np
 
+from bnjax.errors import DataError
+
 UNSIGNED_BYTE = 8
 
 # Deflate cannot pack more than 1,032 bytes into one (RFC 1951: 258 bytes in two bits).
 MAX_INFLATION = 1032
-
-
-class DataError(ValueError):
-    """Data that is missing or not what it should be."""
 
 
 def read_images(path: Path) -> np.ndarray:

@@ -7,13 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bnjax.idx import DataError
+from bnjax.errors import DataError, DataWarning
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-
-
-class DataWarning(UserWarning):
-    """Something about the data that the user should know."""
 
 
 def default_directory() -> Path:
@@ -22,7 +18,7 @@ def default_directory() -> Path:
 
 
 def read(name: str, directory: Path) -> Arrays | None:
-    """Reads a prepared dataset.
+    """Reads the newest version of a prepared dataset.
 
     Args:
         name: TFDS's name of the dataset, of 28x28 gray images in ten classes.
@@ -34,27 +30,39 @@ def read(name: str, directory: Path) -> Arrays | None:
         `DataWarning`.
 
     Raises:
-        DataError: if the prepared files are damaged.
+        DataError: if the prepared files are damaged or may not be read.
     """
-    places = [info.parent for info in (directory / name).glob("*/dataset_info.json")]
-    if not places:
-        return None
+    try:
+        places = [info.parent for info in (directory / name).glob("*/dataset_info.json")]
+        for place in sorted(places, key=_version, reverse=True):
+            if arrays := _read_version(place):
+                return arrays
+    except Exception as error:  # TFDS and its file formats raise whatever they like
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{directory / name}: the dataset that TFDS prepared here cannot be read ({reason})"
+        ) from error
+    if places:
+        warnings.warn(
+            f"{directory / name} is not prepared as ArrayRecord; other formats need TensorFlow "
+            "to read and are passed over",
+            DataWarning,
+            stacklevel=2,
+        )
+    return None
+
+
+def _version(place: Path) -> list[int]:
+    return [int(number) for number in place.name.split(".") if number.isdecimal()]
+
+
+def _read_version(place: Path) -> Arrays | None:
     import tensorflow_datasets as tfds
 
-    place = max(places, key=lambda path: [int(n) for n in path.name.split(".") if n.isdecimal()])
-    try:
-        builder = tfds.builder_from_directory(place)
-        if tfds.core.FileFormat.ARRAY_RECORD not in builder.info.available_file_formats():
-            warnings.warn(
-                f"{place} is prepared as {builder.info.file_format.value}, which needs TensorFlow "
-                "to read; it is passed over",
-                DataWarning,
-                stacklevel=2,
-            )
-            return None
-        return *_read_split(builder, "train"), *_read_split(builder, "test")
-    except (OSError, RuntimeError, ValueError) as error:
-        raise DataError(f"{place}: the prepared dataset is damaged ({error})") from error
+    builder = tfds.builder_from_directory(place)
+    if tfds.core.FileFormat.ARRAY_RECORD not in builder.info.available_file_formats():
+        return None
+    return *_read_split(builder, "train"), *_read_split(builder, "test")
 
 
 def _read_split(builder, split: str, chunk: int = 4096) -> tuple[np.ndarray, np.ndarray]:

@@ -24,8 +24,8 @@ class Execution:
     """
 
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Where the dataset's IDX files are, gzipped or not, flat or as torchvision arranges them.
-    Without it: $BNJAX_DATA_DIR, then what TFDS prepared, then a download that is kept."""
+    """Where the dataset's IDX files are, gzipped or not, flat or as torchvision arranges them;
+    without it: $BNJAX_DATA_DIR, what TFDS prepared, or a download that is kept."""
 
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Run directory to create; by default runs/PRESET-DATASET-TIME."""

@@ -1,0 +1,17 @@
+"""What can be wrong with data and checkpoints."""
+
+
+class DataError(ValueError):
+    """Data that is missing or not what it should be."""
+
+
+class DownloadError(DataError):
+    """A file that cannot be had from the network."""
+
+
+class DataWarning(UserWarning):
+    """Something about the data that the user should know."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be gone on from."""

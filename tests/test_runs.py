@@ -1,0 +1,435 @@
+"""What a run leaves behind and shows: files, lines on the terminal, pictures, the page."""
+
+import dataclasses
+import io
+import json
+import math
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from experiments import console, report, runs
+from experiments.presets import Boostcourse, Deep10, Lab10
+from experiments.report import figures
+
+
+def line(epoch: int, arm: str, replicate: int = 0, **changes) -> dict:
+    values = dict.fromkeys(runs.METRICS, 0.5)
+    place = {"epoch": epoch, "arm": arm, "replicate": replicate}
+    return {**place, **values, "seconds": 0.25, **changes}
+
+
+def metrics(epochs: int, replicates: int, seed: int = 0) -> list[dict]:
+    rng = np.random.default_rng(seed)
+    return [
+        line(epoch, arm, replicate, **dict(zip(runs.METRICS, rng.random(5).tolist(), strict=True)))
+        for epoch in range(1, epochs + 1)
+        for replicate in range(replicates)
+        for arm in runs.ARMS
+    ]
+
+
+def config(experiment, requested: str = "digits") -> dict:
+    return {
+        "experiment": dataclasses.asdict(experiment),
+        "execution": {},
+        "dataset": {"name": experiment.dataset, "requested": requested, "sha256": "0" * 64},
+        **runs.provenance(),
+        "device_kind": "abacus",
+        "device_count": 3,
+        "process_count": 1,
+        "mesh": {"replicate": 3, "data": 1},
+    }
+
+
+class TestPlace:
+    def test_default(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert re.fullmatch(
+            r"runs/lab10-mnist-\d{8}-\d{6}", runs.default_path("lab10", "mnist").as_posix()
+        )
+
+    def test_runs_of_the_same_second_are_numbered(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(runs.time, "strftime", lambda _: "now")
+        names = []
+        for _ in range(3):
+            path = runs.default_path("lab10", "mnist")
+            path.mkdir(parents=True)
+            names.append(path.name)
+        assert names == ["lab10-mnist-now", "lab10-mnist-now-2", "lab10-mnist-now-3"]
+
+    def test_free(self, tmp_path):
+        runs.check_free(tmp_path)
+        runs.check_free(tmp_path / "new" / "run")
+
+    def test_full(self, tmp_path):
+        (tmp_path / "something").touch()
+        with pytest.raises(ValueError, match=r"is not empty.*--resume"):
+            runs.check_free(tmp_path)
+
+    def test_file(self, tmp_path):
+        (tmp_path / "run").touch()
+        with pytest.raises(ValueError, match="is a file"):
+            runs.check_free(tmp_path / "run")
+
+    @pytest.mark.parametrize("existing", [False, True])
+    def test_appears_with_its_configuration(self, tmp_path, existing):
+        path = tmp_path / "new" / "run"
+        if existing:
+            path.mkdir(parents=True)
+        runs.create(path, {"a": 1})
+        assert json.loads((path / "config.json").read_text()) == {"a": 1}
+        assert {file.name for file in path.iterdir()} == {"config.json", "probes"}
+        assert list(path.parent.iterdir()) == [path]
+
+    def test_leaves_nothing_when_it_cannot_appear(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(ValueError, match="cannot be"):
+            runs.create(tmp_path / "file" / "run", {})
+        assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+class TestConfiguration:
+    def test_is_read_as_written(self, tmp_path):
+        runs.create(tmp_path / "run", config(Lab10()))
+        assert runs.read_config(tmp_path / "run") == json.loads(json.dumps(config(Lab10())))
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            (None, "is not a run directory"),
+            ("", "is damaged"),
+            ('{"experiment": ', "is damaged"),
+            ('{"experiment": {}}', "lacks dataset, execution"),
+            ("[]", "lacks dataset, execution, experiment"),
+            ("7", "config.json"),
+        ],
+    )
+    def test_says_what_is_wrong(self, tmp_path, text, message):
+        if text is not None:
+            (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            runs.read_config(tmp_path)
+
+    def test_provenance(self):
+        versions = runs.provenance()["versions"]
+        assert {"python", "bnjax", "jax", "flax", "optax"} <= set(versions)
+        assert versions["numpy"] == np.__version__
+
+
+class TestMetrics:
+    def test_are_read_as_appended(self, tmp_path):
+        assert runs.read_metrics(tmp_path) == []
+        lines = metrics(epochs=2, replicates=2)
+        runs.append_metrics(tmp_path, lines[:4])
+        runs.append_metrics(tmp_path, lines[4:])
+        assert runs.read_metrics(tmp_path) == lines
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_what_is_not_finite_becomes_null(self, tmp_path, value):
+        runs.append_metrics(tmp_path, [line(1, "bn", train_cost=value)])
+        assert '"train_cost": null' in (tmp_path / "metrics.jsonl").read_text()
+        assert runs.read_metrics(tmp_path) == [line(1, "bn", train_cost=None)]
+
+    @pytest.mark.parametrize("epochs", [0, 1, 2, 3])
+    def test_truncation_keeps_the_first_epochs(self, tmp_path, epochs):
+        lines = metrics(epochs=2, replicates=2)
+        runs.append_metrics(tmp_path, lines)
+        runs.truncate_metrics(tmp_path, epochs)
+        assert runs.read_metrics(tmp_path) == lines[: 4 * epochs]
+
+    @pytest.mark.parametrize("torn", ['{"epoch": 1, "ar', '{"epoch": 1}'])
+    def test_truncation_drops_a_torn_line(self, tmp_path, torn):
+        lines = metrics(epochs=1, replicates=1)
+        runs.append_metrics(tmp_path, lines)
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write(torn)
+        runs.truncate_metrics(tmp_path, 5)
+        assert runs.read_metrics(tmp_path) == lines
+
+    def test_truncation_of_nothing(self, tmp_path):
+        runs.truncate_metrics(tmp_path, 1)
+        assert runs.read_metrics(tmp_path) == []
+
+    def test_as_arrays(self):
+        lines = metrics(epochs=3, replicates=2)
+        lines[-1]["test_loss"] = None
+        by_arm = runs.curves(reversed(lines))
+        assert by_arm["bn"]["test_loss"].shape == (3, 2)
+        assert by_arm["no_bn"]["train_cost"][1, 0] == lines[5]["train_cost"]
+        assert np.isnan(by_arm["no_bn"]["test_loss"]).tolist() == [[False] * 2] * 2 + [
+            [False, True]
+        ]
+
+
+class TestSummary:
+    @pytest.fixture
+    def summary(self) -> dict:
+        losses = {"bn": [1.0, 2.0, 4.0], "no_bn": [0.5, None, 1.5]}
+        first = [line(1, arm, r) for arm in runs.ARMS for r in range(3)]
+        last = [line(2, a, r, test_loss=x) for a in runs.ARMS for r, x in enumerate(losses[a])]
+        return runs.summarize([*first, *last])
+
+    def test_counts(self, summary):
+        assert (summary["epochs"], summary["replicates"]) == (2, 3)
+
+    def test_mean_and_sd_are_over_finite_replicates(self, summary):
+        assert summary["arms"]["bn"]["test_loss"] == pytest.approx(
+            {"mean": 7 / 3, "sd": math.sqrt(7 / 3), "n": 3}
+        )
+        assert summary["arms"]["no_bn"]["test_loss"] == pytest.approx(
+            {"mean": 1.0, "sd": math.sqrt(0.5), "n": 2}
+        )
+
+    def test_differences_are_paired(self, summary):
+        assert summary["paired_differences"]["test_loss"] == pytest.approx(
+            {"mean": 1.5, "sd": math.sqrt(2.0), "n": 2}
+        )
+
+    def test_one_replicate_has_no_sd(self):
+        summary = runs.summarize(metrics(epochs=1, replicates=1))
+        assert summary["arms"]["bn"]["train_cost"]["sd"] is None
+
+    def test_is_the_last_file_of_a_finished_run(self, tmp_path):
+        assert not runs.is_finished(tmp_path, 2)
+        runs.write_json(tmp_path / "summary.json", runs.summarize(metrics(2, 1)))
+        assert runs.is_finished(tmp_path, 2)
+        assert not runs.is_finished(tmp_path, 3)
+
+    @pytest.mark.parametrize("text", ["", "{", "{}"])
+    def test_damaged_is_not_finished(self, tmp_path, text):
+        (tmp_path / "summary.json").write_text(text)
+        assert not runs.is_finished(tmp_path, 2)
+
+
+class TestFiles:
+    def test_json_that_cannot_be_written_leaves_the_former(self, tmp_path):
+        runs.write_json(tmp_path / "a.json", {"a": 1})
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            runs.write_json(tmp_path / "a.json", {"a": math.nan})
+        assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+
+    def test_arrays_are_read_as_written(self, tmp_path):
+        arrays = {"bn/features_1": np.arange(6.0).reshape(1, 2, 3), "label": np.int32(3)}
+        runs.write_arrays(tmp_path / "a.npz", arrays)
+        loaded = figures.read_arrays(tmp_path / "a.npz")
+        assert set(loaded) == set(arrays)
+        np.testing.assert_array_equal(loaded["bn/features_1"], arrays["bn/features_1"])
+
+    def test_nothing_partial_remains(self, tmp_path):
+        runs.write_arrays(tmp_path / "a.npz", {"a": np.zeros(3)})
+        runs.write_json(tmp_path / "a.json", {})
+        assert {file.name for file in tmp_path.iterdir()} == {"a.npz", "a.json"}
+
+
+class TestConsole:
+    @pytest.mark.parametrize(
+        ("metric", "mean", "sd", "difference", "text"),
+        [
+            ("test_loss", 0.12344, None, False, "0.1234"),
+            ("test_loss", 0.12344, 0.00567, False, "0.1234 ± 0.0057"),
+            ("test_loss", 0.12344, None, True, "+0.1234"),
+            ("test_loss", -0.5, 0.25, True, "-0.5000 ± 0.2500"),
+            ("test_accuracy", 0.97831, None, False, "97.83 %"),
+            ("test_accuracy", 0.97831, 0.0012, False, "97.83 ± 0.12 %"),
+            ("train_accuracy", -0.0123, 0.001, True, "-1.23 ± 0.10 points"),
+            ("train_cost", None, None, False, "not finite"),
+            ("train_cost", None, None, True, "not finite"),
+        ],
+    )
+    def test_format_summary(self, metric, mean, sd, difference, text):
+        summary = {"mean": mean, "sd": sd, "n": 2}
+        assert console.format_summary(metric, summary, difference) == text
+
+    def test_closing_table(self):
+        summary = runs.summarize(metrics(epochs=3, replicates=2))
+        text = render(lambda to: to.print(console.closing_table(summary)))
+        assert "After 3 epochs, 2 replicates" in text
+        for metric in runs.METRICS:
+            row = next(row for row in text.splitlines() if metric.replace("_", " ") in row)
+            for arm in runs.ARMS:
+                assert console.format_summary(metric, summary["arms"][arm][metric]) in row
+
+    def test_epoch_lines_show_means_over_replicates(self):
+        lines = [
+            *(line(1, "bn", r, train_cost=x, test_accuracy=0.5) for r, x in enumerate([1.0, 2.0])),
+            *(line(1, "no_bn", r, test_loss=x) for r, x in enumerate([3.0, 5.0])),
+        ]
+        *heading, shown = show(Boostcourse(epochs=4, replicates=2), lines).splitlines()
+        assert "means of 2 replicates" in heading[0]
+        assert shown.split() == [
+            *("1/4", "1.5000", "0.5000", "50.00", "%", "0.5000", "4.0000", "50.00", "%", "0.25"),
+        ]
+
+    @pytest.mark.parametrize("cost", [1e6, 1e12, 1e30, math.nan, math.inf])
+    def test_epoch_lines_keep_numbers_apart(self, cost):
+        changes = {"train_cost": cost, "test_loss": cost}
+        text = show(Boostcourse(), [line(1, arm, **changes) for arm in runs.ARMS])
+        shown = text.splitlines()[-1].replace(" %", "%").split()
+        assert len(shown) == 8
+        assert [float(shown[k]) for k in (1, 2, 4, 5)] == pytest.approx([cost] * 4, nan_ok=True)
+
+    @pytest.mark.parametrize("bar", [True, False])
+    def test_a_terminal_gets_a_bar(self, bar):
+        text = show(Boostcourse(epochs=4), [line(1, arm) for arm in runs.ARMS], bar, terminal=True)
+        assert ("time left" in text) == bar
+        assert ("bn 50.00 %, no_bn 50.00 %" in text) == bar
+
+    def test_a_pipe_gets_none(self):
+        text = show(Boostcourse(epochs=4), [line(1, arm) for arm in runs.ARMS], bar=True)
+        assert "time left" not in text
+        assert "\x1b" not in text
+
+    def test_plain_lines_stay_as_they_are(self):
+        text = "a [bold] path/with-123 " + "and no end " * 20
+        assert render(lambda to: console.print_plain(to, text)) == text + "\n"
+
+
+def render(print_to, terminal: bool = False) -> str:
+    file = io.StringIO()
+    print_to(Console(file=file, width=100, force_terminal=terminal))
+    return file.getvalue()
+
+
+def show(experiment, lines, bar: bool = False, terminal: bool = False) -> str:
+    def print_to(to: Console) -> None:
+        with console.EpochLines(to, experiment, 0, bar) as epoch_lines:
+            epoch_lines.add(lines)
+
+    return render(print_to, terminal)
+
+
+class TestFigures:
+    @pytest.mark.parametrize(("epochs", "replicates"), [(1, 1), (4, 1), (4, 3), (20, 2)])
+    def test_curves_are_pictures(self, epochs, replicates):
+        figure = figures.curves(runs.curves(metrics(epochs, replicates)))
+        with Image.open(io.BytesIO(figures.to_png(figure))) as png:
+            assert (png.format, png.size) == ("PNG", (1800, 600))
+        svg = ElementTree.fromstring(figures.to_svg(figure))
+        assert svg.tag == "{http://www.w3.org/2000/svg}svg"
+
+    def test_curves_label_everything(self):
+        figure = figures.curves(runs.curves(metrics(epochs=3, replicates=1)))
+        for axes, title in zip(figure.axes, ("cost", "loss", "accuracy"), strict=True):
+            assert title in axes.get_title(loc="left")
+            assert axes.get_xlabel() == "epoch"
+            assert axes.get_ylabel()
+            assert [t.get_text() for t in axes.get_legend().get_texts()] == list(
+                figures.LABELS.values()
+            )
+
+    def test_curves_differ_without_colour(self):
+        figure = figures.curves(runs.curves(metrics(epochs=3, replicates=1)))
+        for axes in figure.axes:
+            first, second = axes.get_lines()
+            assert first.get_linestyle() != second.get_linestyle()
+            assert first.get_marker() != second.get_marker()
+
+    @pytest.mark.parametrize("replicates", [1, 3])
+    def test_curves_draw_the_metrics(self, replicates):
+        by_arm = runs.curves(metrics(epochs=4, replicates=replicates))
+        axes = figures.curves(by_arm).axes
+        for panel, metric, scale in ((0, "train_cost", 1), (2, "test_accuracy", 100)):
+            for arm, drawn in zip(runs.ARMS, axes[panel].get_lines(), strict=True):
+                np.testing.assert_array_equal(drawn.get_xdata(), [1, 2, 3, 4])
+                np.testing.assert_allclose(
+                    drawn.get_ydata(), scale * by_arm[arm][metric].mean(axis=1)
+                )
+            assert len(axes[panel].collections) == (2 if replicates > 1 else 0)
+
+    @pytest.mark.parametrize("diverged", [runs.ARMS[:1], runs.ARMS])
+    def test_curves_bear_what_is_not_finite(self, diverged):
+        lines = metrics(epochs=3, replicates=2)
+        for one in lines:
+            if one["arm"] in diverged:
+                one.update(train_cost=None, train_loss=None, test_loss=None)
+        figure = figures.curves(runs.curves(lines))
+        assert figures.to_png(figure)
+        assert figures.to_svg(figure)
+
+    def test_same_numbers_same_svg(self):
+        once, again = (figures.to_svg(figures.curves(runs.curves(metrics(4, 3)))) for _ in range(2))
+        other = figures.to_svg(figures.curves(runs.curves(metrics(4, 3, seed=1))))
+        assert once == again != other
+
+    @pytest.mark.parametrize(
+        ("sizes", "sides"), [((64, 64), (8, 8)), ((32, 5, 1), (6, 3, 1)), ((10,), (4,))]
+    )
+    def test_features_are_squares(self, sizes, sides):
+        rng = np.random.default_rng(0)
+        probes = {
+            f"{arm}/features_{number}": rng.uniform(1, 2, (2, 1, size)).astype(np.float32)
+            for arm in runs.ARMS
+            for number, size in enumerate(sizes, start=1)
+        }
+        image = rng.integers(0, 256, (28, 28), np.uint8)
+        figure = figures.features(image, 6, probes)
+        columns = len(sizes) + 1
+        assert len(figure.axes) == 2 * columns
+        for row, arm in enumerate(runs.ARMS):
+            first, *layers = figure.axes[row * columns : (row + 1) * columns]
+            np.testing.assert_array_equal(first.images[0].get_array(), image)
+            assert first.get_ylabel() == figures.LABELS[arm]
+            for number, (axes, size, side) in enumerate(zip(layers, sizes, sides, strict=True), 1):
+                drawn = np.ma.filled(axes.images[0].get_array(), np.nan)
+                assert drawn.shape == (side, side)
+                expected = probes[f"{arm}/features_{number}"][0, 0]
+                np.testing.assert_array_equal(drawn.ravel()[:size], expected)
+                assert np.isnan(drawn.ravel()[size:]).all()
+        with Image.open(io.BytesIO(figures.to_png(figure))) as png:
+            assert png.format == "PNG"
+
+
+class TestReport:
+    @pytest.fixture
+    def write(self, tmp_path):
+        """Writes the page of a run whose directory holds no more than the report needs."""
+
+        def write(experiment, replicates: int = 1, requested: str = "digits") -> str:
+            runs.create(tmp_path / "run", config(experiment, requested))
+            lines = metrics(experiment.epochs, replicates)
+            runs.append_metrics(tmp_path / "run", lines)
+            report.write(tmp_path / "run", runs.summarize(lines))
+            return " ".join((tmp_path / "run" / "report.html").read_text().split())
+
+        return write
+
+    def test_without_features(self, write, tmp_path):
+        page = write(Boostcourse(epochs=2))
+        assert not (tmp_path / "run" / "features.png").exists()
+        assert page.count("<img") == 1
+
+    def test_with_features(self, write, tmp_path):
+        probes = {f"{arm}/features_1": np.ones((1, 1, 7), np.float32) for arm in runs.ARMS}
+        example = {"image": np.zeros((28, 28), np.uint8), "label": np.int32(6)}
+        runs.create(tmp_path / "run", config(Deep10(epochs=1, hidden_sizes=(7,))))
+        runs.write_arrays(tmp_path / "run" / "probes" / "epoch-001.npz", probes)
+        runs.write_arrays(tmp_path / "run" / "probes" / "example.npz", example)
+        runs.append_metrics(tmp_path / "run", metrics(1, 1))
+        report.write(tmp_path / "run", runs.summarize(metrics(1, 1)))
+        assert (tmp_path / "run" / "features.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / "run" / "report.html").read_text().count("<img") == 2
+
+    @pytest.mark.parametrize(
+        ("dataset", "requested", "said"),
+        [("digits", "auto", True), ("digits", "digits", False), ("mnist", "auto", False)],
+    )
+    def test_says_when_digits_took_the_place_of_mnist(self, write, dataset, requested, said):
+        page = write(Lab10(epochs=1, dataset=dataset), requested=requested)
+        assert ("MNIST could not be had" in page) == said
+
+    @pytest.mark.parametrize("replicates", [1, 3])
+    def test_says_what_the_spread_is(self, write, replicates):
+        page = write(Lab10(epochs=2), replicates)
+        assert ("One replicate: how much" in page) == (replicates == 1)
+        assert ("Lines are means of 3 replicates" in page) == (replicates == 3)
+        assert ("±" in page) == (replicates == 3)
+
+    def test_escapes_what_it_shows(self, write, tmp_path):
+        page = write(Lab10(epochs=1, bn_init="normal(0.05)"))
+        assert "--bn-init &#39;normal(0.05)&#39;" in page
