@@ -26,14 +26,16 @@ def parse_mesh(text: str) -> dict[str, int]:
         >>> parse_mesh("replicate=2")
         {'replicate': 2, 'data': 1}
     """
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, equals, size = (piece.strip() for piece in part.partition("="))
-        if not equals or not size.isdecimal() or int(size) < 1:
+        if not equals or not size.isdecimal() or int(size) < 1 or axis in sizes:
             raise ValueError(
-                f"mesh {text!r}: expected AXIS=SIZE with sizes from 1, as in replicate=2,data=1"
+                f"mesh {text!r}: expected each axis once as AXIS=SIZE with sizes from 1, as in "
+                "replicate=2,data=1"
             )
         sizes[choose("mesh axis", axis, AXES)] = int(size)
+    sizes = {axis: sizes.get(axis, 1) for axis in AXES}
     if sizes["data"] != 1:
         raise ValueError(f"mesh {text!r}: splitting a batch over devices is not built yet, data=1")
     return sizes

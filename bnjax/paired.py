@@ -196,6 +196,8 @@ def run(
     Yields:
         One `Epoch` after the other.
     """
+    if not epochs:
+        return
 
     def prepare(lane: Lane) -> _Programs:
         mine = _pick(states, lane)

@@ -70,10 +70,12 @@ def create_state(
         images: `[N, ...]`, any examples of the right shape.
     """
     variables = module.init(key, to_float(images), train=True)
-    return TrainState.create(
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
         apply_fn=module.apply,
         params=variables["params"],
         tx=optimizer,
+        opt_state=optimizer.init(variables["params"]),
         batch_stats=variables.get("batch_stats", {}),
     )
 

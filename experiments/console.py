@@ -1,14 +1,14 @@
 """What a run shows while it trains: a line per epoch, and a progress bar on a terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from bnjax.statistics import summarize
 from experiments.presets import Experiment
 from experiments.runs import ARMS
 
@@ -59,11 +59,12 @@ class EpochLines:
         """Shows one epoch, given its lines of `metrics.jsonl`."""
         epoch, seconds = lines[0]["epoch"], lines[0]["seconds"]
         means = {
-            arm: [np.mean([line[m] for line in lines if line["arm"] == arm]) for m in SHOWN]
+            arm: [_mean(line[metric] for line in lines if line["arm"] == arm) for metric in SHOWN]
             for arm in ARMS
         }
         sides = "  ".join(
-            f"{cost:10.4f}{loss:10.4f}{100 * acc:8.2f} %" for cost, loss, acc in means.values()
+            f"{_ten_wide(cost)}{_ten_wide(loss)}{100 * accuracy:8.2f} %"
+            for cost, loss, accuracy in means.values()
         )
         self._print(f"{f'{epoch}/{self._experiment.epochs}':<8}{sides}{seconds:10.2f}")
         accuracy = ", ".join(f"{arm} {100 * means[arm][-1]:.2f} %" for arm in ARMS)
@@ -71,6 +72,15 @@ class EpochLines:
 
     def _print(self, line: str) -> None:
         print_plain(self._console, line)
+
+
+def _mean(values: Iterable[float]) -> float:
+    mean = summarize(list(values)).mean
+    return float("nan") if mean is None else mean
+
+
+def _ten_wide(value: float) -> str:
+    return f"{value:10.4f}" if abs(value) < 1000 else f"{value:10.3g}"
 
 
 def print_plain(console: Console, line: str, style: str | None = None) -> None:
@@ -81,7 +91,7 @@ def print_plain(console: Console, line: str, style: str | None = None) -> None:
 def closing_table(summary: Mapping[str, Any]) -> Table:
     """The final metrics of both arms and their difference, from `summary.json`."""
     replicates = summary["replicates"]
-    title = f"After {summary['epochs']} epochs"
+    title = f"After {summary['epochs']} epoch{'s' * (summary['epochs'] > 1)}"
     table = Table(title=title if replicates == 1 else f"{title}, {replicates} replicates")
     table.add_column("")
     for heading in (*(TITLES[arm] for arm in ARMS), "difference"):

@@ -34,7 +34,9 @@ def make_lanes(arms: tuple[Arm, ...], mesh: str, replicates: int) -> list[Lane]:
     wanted = None if mesh == "auto" else parse_mesh(mesh)["replicate"]
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # JAX runs already, with the devices it has
-            jax.config.update("jax_num_cpu_devices", wanted or _cores())
+            jax.config.update(
+                "jax_num_cpu_devices", wanted or min(_cores(), len(arms) * replicates)
+            )
     devices = jax.devices()
     if devices[0].platform != "cpu":
         return [Lane(arms, make_mesh(wanted or min(replicates, len(devices))))]

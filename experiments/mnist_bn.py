@@ -22,11 +22,11 @@ Exit status: 0 success; 2 a mistake in the command, the settings or the data;
 """
 
 import dataclasses
-import signal
+import io
+import shlex
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,7 @@ from bnjax.errors import CheckpointError, DataWarning
 from bnjax.paired import Arm, Lane
 from bnjax.training import Batch
 from experiments import console as display
-from experiments import devices, options, runs
+from experiments import devices, options, runs, signals
 from experiments.options import Options
 from experiments.presets import Experiment
 
@@ -61,31 +61,31 @@ class Plan:
     lanes: list[Lane]
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without ± is no reason to fail
     console = Console()
     path: Path | None = None
     try:
-        with _sigterm_raises():
+        with signals.stopping() as check:
             plan = prepare(arguments, console)
             if plan is None:
                 return 0
             open_directory(plan)
             path = plan.path
             display.print_plain(console, f"run directory: {path}")
-            return run(plan, console)
+            return run(plan, console, check)
     except ValueError as error:
         if path and not isinstance(error, CheckpointError):
             raise
         display.print_plain(Console(stderr=True), f"error: {error}")
         return 2
-    except (KeyboardInterrupt, Terminated) as stop:
-        hint = f"; go on with: {PROG} --resume {path}" if path and path.exists() else ""
+    except (KeyboardInterrupt, signals.Terminated) as stop:
+        resume = shlex.join([*PROG.split(), "--resume", str(path)])
+        hint = f"; go on with: {resume}" if path and path.exists() else ""
         display.print_plain(Console(stderr=True), f"stopped{hint}")
         return 130 if isinstance(stop, KeyboardInterrupt) else 143
 
@@ -111,9 +111,8 @@ def prepare(arguments: Sequence[str], console: Console) -> Plan | None:
     requested = saved["dataset"]["requested"] if saved else experiment.dataset
     if saved and saved["dataset"]["sha256"] != found["sha256"]:
         raise ValueError(
-            f"{execution.resume} was trained on other data: its {saved['dataset']['name']} has "
-            f"SHA-256 {saved['dataset']['sha256'][:12]}..., this {found['name']} has "
-            f"{found['sha256'][:12]}..."
+            f"{execution.resume} was trained on other data: its {saved['dataset']['name']} has the "
+            f"SHA-256 {saved['dataset']['sha256']}, this {found['name']} has {found['sha256']}"
         )
 
     if execution.cache:
@@ -142,8 +141,11 @@ def _read_options(arguments: Sequence[str]) -> tuple[Options, dict[str, Any] | N
     if not resume:
         return options.parse(arguments, options.preset_defaults(preset), PROG, __doc__ or ""), None
     saved = runs.read_config(resume)
-    before = Experiment.load(saved["experiment"])
-    defaults = Options(before, options.Execution.load(saved["execution"], resume))
+    try:
+        before = Experiment.load(saved["experiment"])
+        defaults = Options(before, options.Execution.load(saved["execution"], resume))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{resume / 'config.json'} is damaged: {error}") from error
     chosen = options.parse(arguments, defaults, PROG, __doc__ or "")
     _check_resumable(before, chosen.experiment, resume)
     return chosen, saved
@@ -161,8 +163,14 @@ def open_directory(plan: Plan) -> None:
         runs.create(plan.path, plan.config)
 
 
-def run(plan: Plan, console: Console) -> int:
-    """Trains, evaluates and records every epoch, then draws the report; returns the exit status."""
+def run(plan: Plan, console: Console, check: Callable[[], None]) -> int:
+    """Trains, evaluates and records every epoch, then draws the report; returns the exit status.
+
+    Args:
+        plan: what to run.
+        console: where to show it.
+        check: called after each epoch; raises if the run is to stop.
+    """
     experiment, execution = plan.options.experiment, plan.options.execution
     dataset = plan.dataset
     train = Batch(dataset.train_images, dataset.train_labels)
@@ -196,6 +204,7 @@ def run(plan: Plan, console: Console) -> int:
                 probes = probe(plan.lanes, epoch.states, example)
                 runs.write_arrays(plan.path / "probes" / f"epoch-{epoch.number:03}.npz", probes)
                 checkpoints.save(epoch.number, epoch.states)
+                check()
 
     return _finish(plan.path, console)
 
@@ -302,18 +311,6 @@ def _divide(sums: jax.Array, counts: jax.Array) -> np.ndarray:
 
 def _jsonable(values: dict[str, Any]) -> dict[str, Any]:
     return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
-
-
-@contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    def raise_terminated(*_: object) -> None:
-        raise Terminated
-
-    previous = signal.signal(signal.SIGTERM, raise_terminated)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,8 @@ def read_config(path: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise ValueError(f"{path / 'config.json'} is damaged: {error}") from error
-    missing = {"experiment", "execution", "dataset"} - set(config)
+    found = set(config) if isinstance(config, dict) else set()
+    missing = {"experiment", "execution", "dataset"} - found
     if missing:
         raise ValueError(f"{path / 'config.json'} lacks {', '.join(sorted(missing))}")
     return config

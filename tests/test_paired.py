@@ -141,8 +141,9 @@ def test_a_checkpoint_of_other_networks_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "expected AXIS=SIZE"),
-        ("replicate", "expected AXIS=SIZE"),
+        ("", "as AXIS=SIZE"),
+        ("replicate", "as AXIS=SIZE"),
+        ("replicate=2,replicate=3", "each axis once"),
         ("replicate=0", "sizes from 1"),
         ("replicate=two", "sizes from 1"),
         ("replicat=2", "did you mean 'replicate'"),

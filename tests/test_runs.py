@@ -266,7 +266,7 @@ class TestConsole:
             *("1/4", "1.5000", "0.5000", "50.00", "%", "0.5000", "4.0000", "50.00", "%", "0.25"),
         ]
 
-    @pytest.mark.parametrize("cost", [1e6, 1e12, 1e30, math.nan, math.inf])
+    @pytest.mark.parametrize("cost", [1e6, 1e12, 1e30, math.nan])
     def test_epoch_lines_keep_numbers_apart(self, cost):
         changes = {"train_cost": cost, "test_loss": cost}
         text = show(Boostcourse(), [line(1, arm, **changes) for arm in runs.ARMS])

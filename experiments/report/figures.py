@@ -38,7 +38,7 @@ def curves(by_arm: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
         scale = 100 if metric.endswith("accuracy") else 1
         for arm in ARMS:
             _draw_arm(axes, arm, scale * by_arm[arm][metric])
-        if scale == 1:
+        if scale == 1 and any((by_arm[arm][metric] > 0).any() for arm in ARMS):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
@@ -54,10 +54,11 @@ def curves(by_arm: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
 
 def _draw_arm(axes: Axes, arm: str, values: np.ndarray) -> None:
     epochs = np.arange(1, len(values) + 1)
-    mean = values.mean(axis=1)
+    finite = np.ma.masked_invalid(values)
+    mean = finite.mean(axis=1).filled(np.nan)
     axes.plot(epochs, mean, label=LABELS[arm], markersize=4, linewidth=1.6, **STYLES[arm])
     if values.shape[1] > 1:
-        sd = values.std(axis=1, ddof=1)
+        sd = finite.std(axis=1, ddof=1).filled(np.nan)
         axes.fill_between(
             epochs, mean - sd, mean + sd, color=STYLES[arm]["color"], alpha=0.15, linewidth=0
         )
