@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from experiments.runs import ARMS
 
@@ -40,8 +40,9 @@ def curves(by_arm: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
             _draw_arm(axes, arm, scale * by_arm[arm][metric])
         if scale == 1 and any((by_arm[arm][metric] > 0).any() for arm in ARMS):
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_title(title, loc="left", fontweight="bold")
         axes.set_xlabel("epoch")
         axes.set_ylabel(unit)
