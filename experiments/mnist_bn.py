@@ -21,44 +21,27 @@ Exit status: 0 success; 2 a mistake in the command, the settings or the data;
 3 every replicate of one network diverged; 130 after Ctrl-C, 143 after SIGTERM.
 """
 
-import dataclasses
 import io
 import shlex
 import sys
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 from rich.console import Console
 
-from bnjax import checkpoint, data, diagnostics, initializers, models, paired
-from bnjax.data import Dataset
-from bnjax.errors import CheckpointError, DataWarning
-from bnjax.paired import Arm, Lane
+from bnjax import checkpoint, diagnostics, models, paired
+from bnjax.errors import CheckpointError
+from bnjax.paired import Lane
 from bnjax.training import Batch
 from experiments import console as display
-from experiments import devices, options, runs, signals
-from experiments.options import Options
-from experiments.presets import Experiment
+from experiments import runs, signals
+from experiments.plan import Plan, prepare
 
 PROG = "python -m experiments.mnist_bn"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run that is ready to start: everything checked, nothing written yet."""
-
-    options: Options
-    dataset: Dataset
-    config: dict[str, Any]
-    path: Path
-    lanes: list[Lane]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path: Path | None = None
     try:
         with signals.stopping() as check:
-            plan = prepare(arguments, console)
+            plan = prepare(arguments, PROG, __doc__ or "", console)
             if plan is None:
                 return 0
             open_directory(plan)
@@ -88,67 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"; go on with: {resume}" if path and path.exists() else ""
         display.print_plain(Console(stderr=True), f"stopped{hint}")
         return 130 if isinstance(stop, KeyboardInterrupt) else 143
-
-
-def prepare(arguments: Sequence[str], console: Console) -> Plan | None:
-    """Reads the command line, loads the data and checks everything; None if nothing is left to do.
-
-    Raises:
-        ValueError: with one sentence for the user.
-        SystemExit: with status 2 after tyro has shown a usage error, with 0 after the help.
-    """
-    chosen, saved = _read_options(arguments)
-    experiment, execution = chosen.experiment, chosen.execution
-    if execution.resume and runs.is_finished(execution.resume, experiment.epochs):
-        display.print_plain(console, f"{execution.resume} is finished: {experiment.epochs} epochs")
-        return None
-    if execution.out:
-        runs.check_free(execution.out)
-
-    dataset = _load_data(experiment.dataset, execution.data_dir, console)
-    experiment.check_against(dataset)
-    found = {"name": dataset.name, "sha256": data.fingerprint(dataset)}
-    requested = saved["dataset"]["requested"] if saved else experiment.dataset
-    if saved and saved["dataset"]["sha256"] != found["sha256"]:
-        raise ValueError(
-            f"{execution.resume} was trained on other data: its {saved['dataset']['name']} has the "
-            f"SHA-256 {saved['dataset']['sha256']}, this {found['name']} has {found['sha256']}"
-        )
-
-    if execution.cache:
-        devices.cache_programs(data.cache_directory() / "programs")
-    lanes = devices.make_lanes(make_arms(experiment), execution.mesh, experiment.replicates)
-    path = execution.resume or execution.out
-    path = path or runs.default_path(experiment.preset, dataset.name)
-    data_dir = execution.data_dir and execution.data_dir.absolute()
-    experiment = dataclasses.replace(experiment, dataset=dataset.name)
-    execution = dataclasses.replace(execution, data_dir=data_dir)
-    config = {
-        "experiment": dataclasses.asdict(experiment),
-        "execution": _jsonable(dataclasses.asdict(execution)),
-        "dataset": {**found, "requested": requested},
-        **runs.provenance(),
-        "device_kind": jax.devices()[0].device_kind,
-        "device_count": jax.device_count(),
-        "process_count": jax.process_count(),
-        "mesh": dict(lanes[0].mesh.shape),
-    }
-    return Plan(Options(experiment, execution), dataset, config, path, lanes)
-
-
-def _read_options(arguments: Sequence[str]) -> tuple[Options, dict[str, Any] | None]:
-    preset, resume = options.preset_and_resume(arguments)
-    if not resume:
-        return options.parse(arguments, options.preset_defaults(preset), PROG, __doc__ or ""), None
-    saved = runs.read_config(resume)
-    try:
-        before = Experiment.load(saved["experiment"])
-        defaults = Options(before, options.Execution.load(saved["execution"], resume))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{resume / 'config.json'} is damaged: {error}") from error
-    chosen = options.parse(arguments, defaults, PROG, __doc__ or "")
-    _check_resumable(before, chosen.experiment, resume)
-    return chosen, saved
 
 
 def open_directory(plan: Plan) -> None:
@@ -209,22 +131,6 @@ def run(plan: Plan, console: Console, check: Callable[[], None]) -> int:
     return _finish(plan.path, console)
 
 
-def make_arms(experiment: Experiment) -> tuple[Arm, ...]:
-    """The network with batch normalization and its twin without, each with Adam."""
-
-    def arm(name: str, use_batch_norm: bool, init: str) -> Arm:
-        module = models.MLP(
-            hidden_sizes=experiment.hidden_sizes,
-            num_classes=experiment.num_classes,
-            use_batch_norm=use_batch_norm,
-            activation=models.activation(experiment.activation),
-            kernel_init=initializers.kernel(init),
-        )
-        return Arm(name, module, optax.adam(experiment.learning_rate))
-
-    return arm("bn", True, experiment.bn_init), arm("no_bn", False, experiment.no_bn_init)
-
-
 def metric_lines(epoch: paired.Epoch) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl` for one epoch."""
     values = {
@@ -281,25 +187,6 @@ def _finish(path: Path, console: Console) -> int:
     return 3 if diverged else 0
 
 
-def _check_resumable(before: Experiment, after: Experiment, path: Path) -> None:
-    changed = options.changes(before, after)
-    old, new = changed.pop("epochs", (0, 0))
-    if new < old:
-        raise ValueError(f"{path} was started for {old} epochs: epochs may only grow, not {new}")
-    if changed:
-        told = ", ".join(f"{name} was {a}, now {b}" for name, (a, b) in changed.items())
-        raise ValueError(f"{path} cannot go on with other settings: {told}")
-
-
-def _load_data(name: str, directory: Path | None, console: Console) -> Dataset:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", DataWarning)
-        dataset = data.load(name, directory)
-    for warning in caught:
-        display.print_plain(console, f"NOTE: {warning.message}", style="bold yellow")
-    return dataset
-
-
 def _choose_example(test: Batch, digit: int) -> Batch:
     index = int(np.argmax(test.labels == digit))
     return Batch(test.images[index : index + 1], test.labels[index : index + 1])
@@ -307,10 +194,6 @@ def _choose_example(test: Batch, digit: int) -> Batch:
 
 def _divide(sums: jax.Array, counts: jax.Array) -> np.ndarray:
     return np.asarray(sums, np.float64) / np.asarray(counts, np.float64)
-
-
-def _jsonable(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
 
 
 if __name__ == "__main__":

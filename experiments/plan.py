@@ -1,0 +1,140 @@
+"""From the command line to a run that is ready to start."""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from rich.console import Console
+
+from bnjax import data, initializers, models
+from bnjax.data import Dataset
+from bnjax.errors import DataWarning
+from bnjax.paired import Arm, Lane
+from experiments import devices, options, runs
+from experiments.console import print_plain
+from experiments.options import Options
+from experiments.presets import Experiment
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that is ready to start: everything checked, nothing written yet."""
+
+    options: Options
+    dataset: Dataset
+    config: dict[str, Any]
+    path: Path
+    lanes: list[Lane]
+
+
+def prepare(arguments: Sequence[str], prog: str, description: str, console: Console) -> Plan | None:
+    """Reads the command line, loads the data and checks everything; None if nothing is left to do.
+
+    Args:
+        arguments: the command line, without the program.
+        prog: the program, for its help.
+        description: what the help begins with.
+        console: where to note what the user should know.
+
+    Raises:
+        ValueError: with one sentence for the user.
+        SystemExit: with status 2 after tyro has shown a usage error, with 0 after the help.
+    """
+    chosen, saved = _read_options(arguments, prog, description)
+    experiment, execution = chosen.experiment, chosen.execution
+    if execution.resume and runs.is_finished(execution.resume, experiment.epochs):
+        print_plain(console, f"{execution.resume} is finished: {experiment.epochs} epochs")
+        return None
+    if execution.out:
+        runs.check_free(execution.out)
+
+    dataset = _load_data(experiment.dataset, execution.data_dir, console)
+    experiment.check_against(dataset)
+    found = {"name": dataset.name, "sha256": data.fingerprint(dataset)}
+    requested = saved["dataset"]["requested"] if saved else experiment.dataset
+    if saved and saved["dataset"]["sha256"] != found["sha256"]:
+        raise ValueError(
+            f"{execution.resume} was trained on other data: its {saved['dataset']['name']} has the "
+            f"SHA-256 {saved['dataset']['sha256']}, this {found['name']} has {found['sha256']}"
+        )
+
+    if execution.cache:
+        devices.cache_programs(data.cache_directory() / "programs")
+    lanes = devices.make_lanes(make_arms(experiment), execution.mesh, experiment.replicates)
+    path = execution.resume or execution.out
+    path = path or runs.default_path(experiment.preset, dataset.name)
+    data_dir = execution.data_dir and execution.data_dir.absolute()
+    experiment = dataclasses.replace(experiment, dataset=dataset.name)
+    execution = dataclasses.replace(execution, data_dir=data_dir)
+    config = {
+        "experiment": dataclasses.asdict(experiment),
+        "execution": _jsonable(dataclasses.asdict(execution)),
+        "dataset": {**found, "requested": requested},
+        **runs.provenance(),
+        "device_kind": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+        "process_count": jax.process_count(),
+        "mesh": dict(lanes[0].mesh.shape),
+    }
+    return Plan(Options(experiment, execution), dataset, config, path, lanes)
+
+
+def _read_options(
+    arguments: Sequence[str], prog: str, description: str
+) -> tuple[Options, dict[str, Any] | None]:
+    preset, resume = options.preset_and_resume(arguments)
+    if not resume:
+        return options.parse(arguments, options.preset_defaults(preset), prog, description), None
+    saved = runs.read_config(resume)
+    try:
+        before = Experiment.load(saved["experiment"])
+        defaults = Options(before, options.Execution.load(saved["execution"], resume))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{resume / 'config.json'} is damaged: {error}") from error
+    chosen = options.parse(arguments, defaults, prog, description)
+    _check_resumable(before, chosen.experiment, resume)
+    return chosen, saved
+
+
+def make_arms(experiment: Experiment) -> tuple[Arm, ...]:
+    """The network with batch normalization and its twin without, each with Adam."""
+
+    def arm(name: str, use_batch_norm: bool, init: str) -> Arm:
+        module = models.MLP(
+            hidden_sizes=experiment.hidden_sizes,
+            num_classes=experiment.num_classes,
+            use_batch_norm=use_batch_norm,
+            activation=models.activation(experiment.activation),
+            kernel_init=initializers.kernel(init),
+        )
+        return Arm(name, module, optax.adam(experiment.learning_rate))
+
+    return arm("bn", True, experiment.bn_init), arm("no_bn", False, experiment.no_bn_init)
+
+
+def _check_resumable(before: Experiment, after: Experiment, path: Path) -> None:
+    changed = options.changes(before, after)
+    old, new = changed.pop("epochs", (0, 0))
+    if new < old:
+        raise ValueError(f"{path} was started for {old} epochs: epochs may only grow, not {new}")
+    if changed:
+        told = ", ".join(f"{name} was {a}, now {b}" for name, (a, b) in changed.items())
+        raise ValueError(f"{path} cannot go on with other settings: {told}")
+
+
+def _load_data(name: str, directory: Path | None, console: Console) -> Dataset:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DataWarning)
+        dataset = data.load(name, directory)
+    for warning in caught:
+        print_plain(console, f"NOTE: {warning.message}", style="bold yellow")
+    return dataset
+
+
+def _jsonable(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
