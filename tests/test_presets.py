@@ -11,8 +11,8 @@ import pytest
 from bnjax import initializers
 from bnjax.data import Dataset
 from experiments import options
-from experiments.mnist_bn import make_arms
 from experiments.options import Execution
+from experiments.plan import make_arms
 from experiments.presets import PRESETS, Boostcourse, Deep10, Experiment, Lab10
 
 EVERYWHERE = {"dataset": "auto", "replicates": 1, "seed": 0, "activation": "relu"}
