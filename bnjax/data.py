@@ -131,9 +131,14 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
     wanted = "mnist" if name == "auto" else name
     directory = data_dir or os.environ.get("BNJAX_DATA_DIR")
     if directory:
-        return _from_directory(wanted, Path(directory).expanduser())
+        return _from_directory(wanted, Path(directory))
     try:
-        return _prepared(wanted, prepared.default_directory()) or _downloaded(wanted)
+        if dataset := _prepared(wanted, prepared.default_directory()):
+            return dataset
+    except DataError as error:
+        warnings.warn(f"{error}; it is passed over", DataWarning, stacklevel=2)
+    try:
+        return _downloaded(wanted)
     except DownloadError as error:
         if name != "auto":
             raise
@@ -161,8 +166,9 @@ def cache_directory() -> Path:
 
 
 def _from_directory(name: str, directory: Path) -> Dataset:
-    places = [directory, directory / SOURCES[name].torchvision / "raw"]
     try:
+        directory = directory.expanduser()
+        places = [directory, directory / SOURCES[name].torchvision / "raw"]
         if not directory.is_dir():
             problem = "not a directory" if directory.exists() else "no such directory"
             raise DataError(f"{directory}: {problem}; expected the IDX files of {name}")
@@ -172,6 +178,8 @@ def _from_directory(name: str, directory: Path) -> Dataset:
                 return _from_idx_files(name, place, present)
     except PermissionError as error:
         raise DataError(f"{error.filename}: no permission to read this directory") from error
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{directory}: this directory cannot be read ({error})") from error
     if dataset := _prepared(name, directory):
         return dataset
     raise DataError(
@@ -248,9 +256,9 @@ def _downloaded(name: str) -> Dataset:
             for file, size, sha256 in zip(files, source.sizes, source.sha256, strict=True)
             if not (directory / file).is_file() or _sha256(directory / file) != sha256
         ]
-        if missing:
+        for file in missing:
             with tempfile.TemporaryDirectory(dir=directory) as temporary:
-                download.fetch(missing, Path(temporary), directory)
+                download.fetch([file], Path(temporary), directory)
     except (OSError, DataError) as error:
         raise DownloadError(
             f"{name} cannot be downloaded: {error}; put its four IDX files into a directory and "

@@ -8,6 +8,7 @@ arrive, and answers with one line of JSON.
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -127,4 +128,5 @@ def _host(request: dict) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is for the parent to explain
     main()

@@ -225,7 +225,9 @@ def _scale_and_shift(
 
 def _prepare(stats: BatchStats, momentum: float | None, dtype: jnp.dtype) -> BatchStats:
     mean, var, count = stats
-    if momentum is None and count is None:
+    if momentum is not None:
+        count = None
+    elif count is None:
         count = jnp.zeros((), jnp.int32)
     return BatchStats(mean.astype(dtype), var.astype(dtype), count)
 

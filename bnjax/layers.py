@@ -19,7 +19,9 @@ class BatchNorm(nn.Module):
     changes the import and keeps the checkpoints. What differs: the statistics are accurate at any
     offset (Flax's default loses all digits near 1e4), a training batch with fewer than two samples
     per feature is a `ValueError` instead of an output equal to the bias, and `ddof` chooses the
-    variance that is tracked.
+    variance that is tracked. Without `dtype` the result has the dtype of the input, where Flax
+    promotes it with that of the parameters; float64 input has float64 statistics; `axis` is one
+    axis.
 
     Attributes:
         use_running_average: True normalizes with the running statistics (evaluation), False with
@@ -35,6 +37,7 @@ class BatchNorm(nn.Module):
         bias_init: initializer of the bias.
         scale_init: initializer of the scale.
         axis_name: mapped axis over which to share the batch statistics.
+        axis_index_groups: must be None; sharing within groups of devices is not supported.
         use_fast_variance: accepted for Flax's sake, changes nothing.
         force_float32_reductions: accepted for Flax's sake, changes nothing.
         ddof: 0 tracks the biased variance (Flax), 1 the unbiased one (PyTorch).
@@ -60,6 +63,7 @@ class BatchNorm(nn.Module):
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
     scale_init: nn.initializers.Initializer = nn.initializers.ones
     axis_name: str | None = None
+    axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
     ddof: int = 0
@@ -74,7 +78,8 @@ class BatchNorm(nn.Module):
             x: `[N, ..., C]` floating point, with the features where `axis` says.
             use_running_average: as the field, which may not be given as well.
             mask: boolean of the shape of `x` without the feature axis, or with length 1 there;
-                rows where it is False count for nothing and come out as 0.
+                rows where it is False count for nothing and come out as 0. Ignored with running
+                statistics, as in Flax.
 
         Returns:
             The normalized array, of the shape of `x`.
@@ -86,11 +91,14 @@ class BatchNorm(nn.Module):
         use_running_average = merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        x = jnp.moveaxis(x, self.axis, -1)
+        if self.axis_index_groups is not None:
+            raise ValueError("axis_index_groups is set: expected None, share over all of axis_name")
+        dtype = self.dtype or x.dtype
+        x = jnp.moveaxis(x, self.axis, -1).astype(jnp.promote_types(x.dtype, dtype))
         if mask is not None and mask.ndim == x.ndim:
             mask = jnp.moveaxis(mask, self.axis, -1).squeeze(-1)
 
-        shape, dtype = (x.shape[-1],), statistics_dtype(x)
+        shape, stats_dtype = (x.shape[-1],), statistics_dtype(x)
         scale = (
             self.param("scale", self.scale_init, shape, self.param_dtype)
             if self.use_scale
@@ -99,8 +107,8 @@ class BatchNorm(nn.Module):
         bias = (
             self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None
         )
-        mean: Any = self.variable("batch_stats", "mean", jnp.zeros, shape, dtype)
-        var: Any = self.variable("batch_stats", "var", jnp.ones, shape, dtype)
+        mean: Any = self.variable("batch_stats", "mean", jnp.zeros, shape, stats_dtype)
+        var: Any = self.variable("batch_stats", "var", jnp.ones, shape, stats_dtype)
         stats = BatchStats(mean.value, var.value)
 
         if use_running_average or (self.is_initializing() and math.prod(x.shape[:-1]) < 2):
@@ -119,4 +127,4 @@ class BatchNorm(nn.Module):
             )
             if not self.is_initializing():
                 mean.value, var.value = stats.mean, stats.var
-        return jnp.moveaxis(y, -1, self.axis).astype(self.dtype or y.dtype)
+        return jnp.moveaxis(y, -1, self.axis).astype(dtype)

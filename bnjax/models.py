@@ -1,5 +1,6 @@
 """Networks with and without batch normalization."""
 
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -78,7 +79,7 @@ class MLP(nn.Module):
         Raises:
             ValueError: if `train` and a batch of one example meet batch normalization.
         """
-        x = x.reshape(len(x), -1)
+        x = x.reshape(len(x), math.prod(x.shape[1:]))
         features = []
         for size in self.hidden_sizes:
             x = self._dense(size, x)

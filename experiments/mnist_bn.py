@@ -108,6 +108,8 @@ def run(plan: Plan, console: Console, check: Callable[[], None]) -> int:
     with checkpoint.Checkpoints(plan.path / "checkpoints") as checkpoints:
         done, states = checkpoints.restore(states)
         runs.truncate_metrics(plan.path, done)
+        if execution.resume:
+            display.print_plain(console, f"going on after epoch {done}")
         epochs = paired.run(
             plan.lanes,
             states,

@@ -24,8 +24,9 @@ class Execution:
     """
 
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Where the dataset's IDX files are, gzipped or not, flat or as torchvision arranges them;
-    without it: $BNJAX_DATA_DIR, what TFDS prepared, or a download that is kept."""
+    """Where the dataset's IDX files are, gzipped or not, flat or as torchvision arranges them,
+    or a TFDS directory; without it: $BNJAX_DATA_DIR, TFDS's own directory, or a download that is
+    kept."""
 
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Run directory to create; by default runs/PRESET-DATASET-TIME."""
@@ -34,8 +35,8 @@ class Execution:
     """Run directory to go on in, with its own settings; only --epochs may grow."""
 
     mesh: Annotated[str, tyro.conf.arg(metavar="replicate=N,data=1")] = "auto"
-    """Devices to spread the replicates over; by default as many as there are replicates and
-    cores (or accelerators)."""
+    """Devices to spread the replicates over; auto takes as many as there are replicates and cores
+    (or accelerators)."""
 
     feature_digit: Annotated[int, tyro.conf.arg(metavar="0..9")] = 6
     """Class of the test example whose activations are recorded after each epoch and drawn."""
@@ -57,12 +58,9 @@ class Execution:
     @classmethod
     def load(cls, values: Mapping[str, Any], resume: Path) -> "Execution":
         """What a saved run used, to be resumed in `resume`."""
-        data_dir = values.get("data_dir")
-        return cls(
-            data_dir=Path(data_dir) if data_dir else None,
-            resume=resume,
-            feature_digit=values.get("feature_digit", cls.feature_digit),
-        )
+        data_dir = values["data_dir"]
+        places = {"data_dir": Path(data_dir) if data_dir else None, "out": None, "resume": resume}
+        return cls(**{**values, **places})
 
 
 @dataclass(frozen=True)

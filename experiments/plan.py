@@ -50,8 +50,9 @@ def prepare(arguments: Sequence[str], prog: str, description: str, console: Cons
     if execution.resume and runs.is_finished(execution.resume, experiment.epochs):
         print_plain(console, f"{execution.resume} is finished: {experiment.epochs} epochs")
         return None
-    if execution.out:
-        runs.check_free(execution.out)
+    out = execution.out and execution.out.expanduser()
+    if out:
+        runs.check_free(out)
 
     dataset = _load_data(experiment.dataset, execution.data_dir, console)
     experiment.check_against(dataset)
@@ -66,21 +67,25 @@ def prepare(arguments: Sequence[str], prog: str, description: str, console: Cons
     if execution.cache:
         devices.cache_programs(data.cache_directory() / "programs")
     lanes = devices.make_lanes(make_arms(experiment), execution.mesh, experiment.replicates)
-    path = execution.resume or execution.out
+    path = execution.resume or out
     path = path or runs.default_path(experiment.preset, dataset.name)
-    data_dir = execution.data_dir and execution.data_dir.absolute()
+    data_dir = execution.data_dir and execution.data_dir.expanduser().absolute()
     experiment = dataclasses.replace(experiment, dataset=dataset.name)
     execution = dataclasses.replace(execution, data_dir=data_dir)
-    config = {
-        "experiment": dataclasses.asdict(experiment),
-        "execution": _jsonable(dataclasses.asdict(execution)),
-        "dataset": {**found, "requested": requested},
+    origin = {
         **runs.provenance(),
         "device_kind": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
         "process_count": jax.process_count(),
         "mesh": dict(lanes[0].mesh.shape),
     }
+    if saved:
+        config = {**saved, "resumed": [*saved.get("resumed", []), origin]}
+    else:
+        dataset_values = {**found, "requested": requested}
+        config = {"execution": _jsonable(dataclasses.asdict(execution)), "dataset": dataset_values}
+        config |= origin
+    config = {**config, "experiment": dataclasses.asdict(experiment)}
     return Plan(Options(experiment, execution), dataset, config, path, lanes)
 
 
@@ -98,6 +103,8 @@ def _read_options(
         raise ValueError(f"{resume / 'config.json'} is damaged: {error}") from error
     chosen = options.parse(arguments, defaults, prog, description)
     _check_resumable(before, chosen.experiment, resume)
+    if chosen.execution.feature_digit != defaults.execution.feature_digit:
+        raise ValueError(f"{resume} records another test digit: --feature-digit cannot change")
     return chosen, saved
 
 

@@ -36,7 +36,7 @@ class Experiment:
     """Examples per optimizer step; normalization takes its statistics over them."""
 
     drop_last: bool = True
-    """Leave out the examples that do not fill a last batch, in each epoch others."""
+    """Drop the last, incomplete batch; which examples that are changes with every epoch."""
 
     learning_rate: float = 1e-3
     """Step size of Adam."""
@@ -159,8 +159,8 @@ class Boostcourse(Experiment):
 class Lab10(Experiment):
     """784-32-32-10, Adam 1e-2, batches of 32, 11 epochs: lab 10 as it was meant.
 
-    Source: "Lab 10 MNIST and softmax" with batch normalization, in two versions. The published
-    loop trains one network twice; here the network without normalization is really trained.
+    Source: "Lab 10 MNIST and softmax" with batch normalization. The published loop trains one
+    network twice; here the network without normalization is really trained.
 
     Command: python -m experiments.mnist_bn --preset lab10
 
@@ -183,8 +183,10 @@ class Lab10(Experiment):
         "without, in training and in validation, so that both columns show the same network.",
         "Its accuracies are losses divided by the number of batches once more; they print as 0.00.",
         "Its validation runs over the training set.",
-        "It sets bn_lost to zero where it means bn_loss, so that each column starts from the last "
-        "training loss.",
+        "It sets bn_lost to zero where it means bn_loss, so that the column with batch "
+        "normalization starts from the last training loss; the other starts from zero.",
+        "It sets 10 epochs and runs 11, range(epochs + 1); so does this preset. The second version "
+        "of the notebook trains both networks, for 10 epochs, and prints no figures.",
     )
 
 

@@ -23,8 +23,10 @@ from typing import Any
 import numpy as np
 
 from bnjax import statistics
+from bnjax.errors import CheckpointError
 
 ARMS = ("bn", "no_bn")
+SECTIONS = ("experiment", "execution", "dataset")
 METRICS = ("train_cost", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
 
 
@@ -84,10 +86,11 @@ def read_config(path: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise ValueError(f"{path / 'config.json'} is damaged: {error}") from error
-    found = set(config) if isinstance(config, dict) else set()
-    missing = {"experiment", "execution", "dataset"} - found
-    if missing:
-        raise ValueError(f"{path / 'config.json'} lacks {', '.join(sorted(missing))}")
+    sections = [config.get(name) for name in SECTIONS] if isinstance(config, dict) else [None]
+    if not all(isinstance(section, dict) for section in sections):
+        raise ValueError(f"{path / 'config.json'} is damaged: it lacks {', '.join(SECTIONS)}")
+    if not all(isinstance(config["dataset"].get(k), str) for k in ("name", "requested", "sha256")):
+        raise ValueError(f"{path / 'config.json'} is damaged: it does not describe its dataset")
     return config
 
 
@@ -95,7 +98,7 @@ def is_finished(path: Path, epochs: int) -> bool:
     """Whether a run has written its summary, the last of its files, after that many epochs."""
     try:
         return json.loads((path / "summary.json").read_text())["epochs"] == epochs
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -160,7 +163,10 @@ def truncate_metrics(path: Path, epochs: int) -> None:
     """Drops the lines of epochs after the first `epochs`, and a torn last line."""
     file = path / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] <= epochs]
+    try:
+        kept = [x for x in lines if x.endswith("\n") and json.loads(x)["epoch"] <= epochs]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
     write_bytes(file, "".join(kept).encode())
 
 
@@ -172,7 +178,10 @@ def _finite(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, np.ndarray]]:
-    """The metrics as arrays: `{arm: {metric: [epochs, replicates] float64}}`, NaN for null."""
+    """The metrics as arrays: `{arm: {metric: [epochs, replicates] float64}}`.
+
+    Where a replicate has diverged, all its metrics are NaN: its accuracy would be chance.
+    """
     lines = list(lines)
     epochs = max(line["epoch"] for line in lines)
     replicates = 1 + max(line["replicate"] for line in lines)
@@ -181,7 +190,7 @@ def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, np.ndarray
     }
     for line in lines:
         for metric in METRICS:
-            if line[metric] is not None:
+            if line["train_cost"] is not None and line["test_loss"] is not None:
                 place = line["epoch"] - 1, line["replicate"]
                 result[line["arm"]][metric][place] = line[metric]
     return result

@@ -17,7 +17,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from bnjax.data import FILES, DataError, Dataset, DataWarning, fingerprint, load
+from bnjax import download
+from bnjax.data import FILES, Dataset, fingerprint, load
+from bnjax.errors import DataError, DataWarning, DownloadError
 from bnjax.idx import read_images, read_labels
 
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = FILES
@@ -532,7 +534,15 @@ def test_damaged_description_is_refused(tmp_path, arrays, name, file, content):
         load(name, tmp_path)
 
 
-def test_directory_of_tfds_without_permission_is_named(public_path, monkeypatch):
+def test_damage_in_tfds_own_directory_is_passed_over(public_path, monkeypatch):
+    def no_network(*_):
+        raise DownloadError("no network")
+
+    monkeypatch.setattr(download, "fetch", no_network)
     monkeypatch.setenv("TFDS_DATA_DIR", str(public_path))
-    with locked(public_path), pytest.raises(DataError, match=f"{public_path}.*Permission"):
+    with (
+        locked(public_path),
+        pytest.warns(DataWarning, match=f"{public_path}.*Permission.*passed over"),
+        pytest.raises(DownloadError, match="mnist cannot be downloaded"),
+    ):
         load("mnist")

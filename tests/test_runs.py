@@ -105,8 +105,8 @@ class TestConfiguration:
             (None, "is not a run directory"),
             ("", "is damaged"),
             ('{"experiment": ', "is damaged"),
-            ('{"experiment": {}}', "lacks dataset, execution"),
-            ("[]", "lacks dataset, execution, experiment"),
+            ('{"experiment": {}}', "is damaged: it lacks"),
+            ("[]", "is damaged: it lacks"),
             ("7", "config.json"),
         ],
     )

@@ -22,6 +22,7 @@ def write(path: Path, summary: Mapping[str, Any]) -> None:
     """
     config = runs.read_config(path)
     experiment = Experiment.load(config["experiment"])
+    data_dir = config["execution"].get("data_dir")
     curves = figures.curves(runs.curves(runs.read_metrics(path)))
     curves_png = figures.to_png(curves)
     runs.write_bytes(path / "curves.png", curves_png)
@@ -37,7 +38,7 @@ def write(path: Path, summary: Mapping[str, Any]) -> None:
     )
     html = environment.get_template("page.html.j2").render(
         arms=runs.ARMS,
-        command=options.command(experiment),
+        command=options.command(experiment) + " --data-dir DIR" * bool(data_dir),
         config=config,
         curves=_data_uri(curves_png),
         experiment=experiment,
