@@ -86,3 +86,12 @@ def test_a_batch_of_one_is_an_error_in_training_alone():
 def test_training_or_evaluation_must_be_said_once():
     with pytest.raises(ValueError, match="use_running"):
         bnjax.BatchNorm().init(KEY, jnp.ones((2, 3)))
+
+
+def test_a_wider_result_is_not_rounded_to_the_input_first():
+    x = normal((64, 3)).astype(jnp.bfloat16)
+    layer = bnjax.BatchNorm(use_running_average=False, dtype=jnp.float32)
+    y, _ = layer.init_with_output(KEY, x)
+    expected, *_ = batch_norm(x.astype(jnp.float32), 1, 0)
+    assert y.dtype == jnp.float32
+    assert relative_error(y, expected) < 1e-6

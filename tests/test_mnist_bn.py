@@ -650,6 +650,24 @@ class TestResume:
         for name in ("summary.json", "curves.svg", "features.png"):
             assert (path / name).read_bytes() == (finished.path / name).read_bytes()
 
+    def test_keeps_where_the_first_epochs_came_from(self, halfway, tmp_path):
+        path = shutil.copytree(halfway.path, tmp_path / "run")
+        before = runs.read_config(path)
+        result = call("--resume", path, "--epochs", 2)
+        after = runs.read_config(path)
+        assert "going on after epoch 1" in result.out
+        assert len(after["resumed"]) == 1
+        assert after["resumed"][0]["versions"] == before["versions"]
+        unchanged = set(before) - {"experiment"}
+        assert {name: after[name] for name in unchanged} == {
+            name: before[name] for name in unchanged
+        }
+
+    def test_refuses_another_test_digit(self, halfway):
+        result = call("--resume", halfway.path, "--epochs", 2, "--feature-digit", 3)
+        assert result.status == 2
+        assert "records another test digit" in plain(result.err)
+
     def test_of_a_finished_run_changes_nothing(self, finished, tmp_path):
         path = copy(finished, tmp_path / "run")
         before = contents(path)

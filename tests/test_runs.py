@@ -433,3 +433,10 @@ class TestReport:
     def test_escapes_what_it_shows(self, write, tmp_path):
         page = write(Lab10(epochs=1, bn_init="normal(0.05)"))
         assert "--bn-init &#39;normal(0.05)&#39;" in page
+
+
+def test_a_diverged_replicate_counts_in_no_metric():
+    lines = [line(1, arm, replicate=k) for arm in runs.ARMS for k in range(3)]
+    lines[1] |= {"train_cost": None, "test_loss": None, "test_accuracy": 0.1}
+    summary = runs.summarize(lines)["arms"]["bn"]
+    assert {metric: summary[metric]["n"] for metric in summary} == dict.fromkeys(runs.METRICS, 2)
