@@ -2,11 +2,7 @@
 
 Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
 Covariate Shift" (2015), algorithm 1, for input `[N, ..., C]`: features last, statistics over all
-other axes.
-
-A float32 mean of data near 1e5 is off by up to 4e-3, and the textbook E[x^2] - E[x]^2 loses every
-digit there. So everything is measured from a provisional mean: `x - provisional` is exact for
-values near it (Sterbenz), and only the small mean that remains has to be rounded.
+other axes. How the moments stay accurate stands in `bnjax.moments`.
 """
 
 import math
@@ -16,9 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-# Rows that are summed one after the other. Rounding errors grow with the square root of the run,
-# so longer sums are split into blocks of this many rows and the blocks' sums are summed again.
-SUM_BLOCK = 64
+from bnjax.moments import centre, statistics_dtype
 
 
 class BatchStats(NamedTuple):
@@ -93,7 +87,7 @@ def batch_norm_train(
 
     dtype = statistics_dtype(x)
     valid = None if mask is None else mask.reshape(-1, 1)
-    centred, mean, var, count = _centre(_rows(x, dtype), valid, axis_name)
+    centred, (mean, var, count) = centre(_rows(x, dtype), valid, axis_name)
     y = _scale_and_shift(centred, var, scale, bias, epsilon)
     if valid is not None:
         y = jnp.where(valid, y, 0)
@@ -143,74 +137,8 @@ def batch_norm_eval(
     return y.reshape(x.shape).astype(x.dtype)
 
 
-def statistics_dtype(x: Array) -> jnp.dtype:
-    """The dtype of the statistics of `x`: float64 for float64 input, else float32."""
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
 def _rows(x: Array, dtype: jnp.dtype) -> Array:
     return x.astype(dtype).reshape(-1, x.shape[-1])
-
-
-def _centre(
-    x: Array, valid: Array | None, axis_name: str | None
-) -> tuple[Array, Array, Array, Array]:
-    """Centres `x` `[N, C]` over the rows where `valid` `[N, 1]` is True.
-
-    The provisional mean is a constant to differentiation: the results do not depend on it.
-
-    Returns:
-        `x - mean`, mean, biased variance, and the number of samples as a float.
-    """
-    if valid is None:
-        count = jnp.asarray(len(x), x.dtype)
-    else:
-        x = jnp.where(valid, x, 0)
-        count = jnp.sum(valid, dtype=x.dtype)
-
-    total, count = _psum((_sum_rows(lax.stop_gradient(x)), count), axis_name)
-    divisor = jnp.maximum(count, 1)
-    estimate = total / divisor
-    provisional = _drop_low_bits(estimate)
-    deviation = x - provisional[None]
-    if valid is not None:
-        deviation = jnp.where(valid, deviation, 0)
-    first, second = _psum((_sum_rows(deviation), _sum_rows(jnp.square(deviation))), axis_name)
-    remainder = first / divisor
-    var = second / divisor - jnp.square(remainder)
-    var = jnp.where(var < 0, 0, var)
-
-    # The deviations of data around zero are rounded, their plain sum is the better one; its
-    # derivative is that of the remainder.
-    mean = jnp.where(
-        jnp.square(estimate) < var,
-        estimate + (remainder - lax.stop_gradient(remainder)),
-        provisional + remainder,
-    )
-    return deviation - remainder[None], mean, var, count
-
-
-def _drop_low_bits(x: Array) -> Array:
-    """`x` to all but its last six bits.
-
-    A compiler may fuse the division behind a mean into the subtraction that uses it, and then
-    different uses see differently rounded means. A shorter number is the same number everywhere.
-    """
-    info = jnp.finfo(x.dtype)
-    return lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant - 6)
-
-
-def _sum_rows(x: Array) -> Array:
-    """Sums `[N, C]` to `[C]`, block by block."""
-    while len(x) > SUM_BLOCK:
-        blocks, rest = divmod(len(x), SUM_BLOCK)
-        sums = x[: blocks * SUM_BLOCK].reshape(blocks, SUM_BLOCK, -1).sum(axis=1)
-        x = jnp.concatenate([sums, x[-rest:]]) if rest else sums
-    return x.sum(axis=0)
-
-
-def _psum(tree: tuple[Array, Array], axis_name: str | None) -> tuple[Array, Array]:
-    return tree if axis_name is None else lax.psum(tree, axis_name)
 
 
 def _scale_and_shift(

@@ -9,7 +9,8 @@ from flax.linen.module import merge_param
 from jax import Array
 from jax.typing import DTypeLike
 
-from bnjax.functional import BatchStats, batch_norm_eval, batch_norm_train, statistics_dtype
+from bnjax.functional import BatchStats, batch_norm_eval, batch_norm_train
+from bnjax.moments import statistics_dtype
 
 
 class BatchNorm(nn.Module):
