@@ -80,7 +80,9 @@ def batch_norm_train(
         >>> print(stats.mean)
         [0.2 2. ]
     """
-    _check_arguments(x, scale, bias, stats, mask)
+    _check_arguments("x", x, stats, scale=scale, bias=bias)
+    if mask is not None:
+        _check_mask(mask, x)
     if ddof not in (0, 1):
         raise ValueError(f"ddof is {ddof}: expected 0 (biased) or 1 (unbiased running variance)")
     _check_sample_count(x, axis_name)
@@ -130,11 +132,63 @@ def batch_norm_eval(
         >>> print(batch_norm_eval(jnp.array([[6.0]]), None, None, stats, epsilon=0.0))
         [[2.]]
     """
-    _check_arguments(x, scale, bias, stats, None)
+    _check_arguments("x", x, stats, scale=scale, bias=bias)
     dtype = statistics_dtype(x)
     centred = _rows(x, dtype) - stats.mean.astype(dtype)[None]
     y = _scale_and_shift(centred, stats.var.astype(dtype), scale, bias, epsilon)
     return y.reshape(x.shape).astype(x.dtype)
+
+
+def fold(
+    kernel: Array,
+    bias: Array | None,
+    scale: Array | None,
+    offset: Array | None,
+    stats: BatchStats,
+    epsilon: float = 1e-5,
+) -> tuple[Array, Array]:
+    """Merges evaluation-mode batch normalization into the linear layer before it.
+
+        kernel' = kernel * factor,   factor = scale / sqrt(stats.var + epsilon)
+        bias' = (bias - stats.mean) * factor + offset
+
+    so that `x @ kernel' + bias'` is what normalization made of `x @ kernel + bias`. Ioffe &
+    Szegedy (2015), algorithm 2, step 11; Jacob et al., "Quantization and Training of Neural
+    Networks" (2018), section 3.2.
+
+    Args:
+        kernel: `[..., C]`, output features last, as Flax's Dense and Conv have it.
+        bias: `[C]` bias of the linear layer, or None for 0.
+        scale: `[C]` of the normalization, or None for 1.
+        offset: `[C]`, the bias of the normalization, or None for 0.
+        stats: running statistics, each `[C]`.
+        epsilon: added to the variance, inside the root.
+
+    Returns:
+        The kernel and bias of the one linear layer, of the dtype of `kernel`.
+
+    Raises:
+        ValueError: if an argument does not fit `kernel`.
+
+    Example:
+        >>> stats = BatchStats(mean=jnp.array([3.0]), var=jnp.array([4.0]))
+        >>> kernel, bias = fold(jnp.array([[2.0]]), None, None, None, stats, epsilon=0.0)
+        >>> print(kernel, bias)
+        [[1.]] [-1.5]
+    """
+    _check_arguments("kernel", kernel, stats, bias=bias, scale=scale, offset=offset)
+    dtype = statistics_dtype(kernel)
+    factor = 1 / jnp.sqrt(stats.var.astype(dtype) + epsilon)
+    if scale is not None:
+        factor = scale.astype(dtype) * factor
+    shift = -stats.mean.astype(dtype)
+    if bias is not None:
+        shift = bias.astype(dtype) + shift
+    shift = shift * factor
+    if offset is not None:
+        shift = shift + offset.astype(dtype)
+    folded = _rows(kernel, dtype) * factor[None]
+    return folded.reshape(kernel.shape).astype(kernel.dtype), shift.astype(kernel.dtype)
 
 
 def _rows(x: Array, dtype: jnp.dtype) -> Array:
@@ -174,29 +228,28 @@ def _update(stats: BatchStats, mean: Array, var: Array, momentum: float | None) 
     return BatchStats(new_mean, new_var, count)
 
 
-def _check_arguments(
-    x: Array, scale: Array | None, bias: Array | None, stats: BatchStats, mask: Array | None
-) -> None:
+def _check_arguments(name: str, x: Array, stats: BatchStats, **vectors: Array | None) -> None:
     if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
-            f"x is {x.dtype}{list(x.shape)}: expected floating point [N, ..., C], "
-            "at least one sample axis and the features last"
+            f"{name} is {x.dtype}{list(x.shape)}: expected floating point with at least two axes, "
+            "the features last"
         )
     features = (x.shape[-1],)
-    given = {"scale": scale, "bias": bias, "stats.mean": stats.mean, "stats.var": stats.var}
-    for name, value in given.items():
+    for key, value in {**vectors, "stats.mean": stats.mean, "stats.var": stats.var}.items():
         if value is not None and value.shape != features:
             raise ValueError(
-                f"{name} has shape {value.shape}: x of shape {x.shape} needs {features}"
+                f"{key} has shape {value.shape}: {name} of shape {x.shape} needs {features}"
             )
-    if mask is not None:
-        if mask.shape != x.shape[:-1]:
-            raise ValueError(
-                f"mask has shape {mask.shape}: x of shape {x.shape} needs {x.shape[:-1]}, "
-                "one value for every sample"
-            )
-        if mask.dtype != bool:
-            raise ValueError(f"mask has dtype {mask.dtype}: expected bool, True where x counts")
+
+
+def _check_mask(mask: Array, x: Array) -> None:
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(
+            f"mask has shape {mask.shape}: x of shape {x.shape} needs {x.shape[:-1]}, "
+            "one value for every sample"
+        )
+    if mask.dtype != bool:
+        raise ValueError(f"mask has dtype {mask.dtype}: expected bool, True where x counts")
 
 
 def _check_sample_count(x: Array, axis_name: str | None) -> None:

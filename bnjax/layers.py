@@ -1,6 +1,8 @@
 """Batch normalization as a Flax Linen layer, over the functions of `bnjax.functional`."""
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -8,9 +10,11 @@ import jax.numpy as jnp
 from flax.linen.module import merge_param
 from jax import Array
 from jax.typing import DTypeLike
+from numpy.lib.array_utils import normalize_axis_tuple
 
 from bnjax.functional import BatchStats, batch_norm_eval, batch_norm_train
 from bnjax.moments import statistics_dtype
+from bnjax.relatives import Train, batch_renorm_train, virtual_batches
 
 
 class BatchNorm(nn.Module):
@@ -21,15 +25,16 @@ class BatchNorm(nn.Module):
     offset (Flax's default loses all digits near 1e4), a training batch with fewer than two samples
     per feature is a `ValueError` instead of an output equal to the bias, and `ddof` chooses the
     variance that is tracked. Without `dtype` the result has the dtype of the input, where Flax
-    promotes it with that of the parameters; float64 input has float64 statistics; `axis` is one
-    axis.
+    promotes it with that of the parameters; float64 input has float64 statistics; a mask says which
+    samples count, never which features.
 
     Attributes:
         use_running_average: True normalizes with the running statistics (evaluation), False with
             those of the batch (training). Given here or in the call.
-        axis: the feature axis.
+        axis: the feature axis, or several; the variables have the shape of `x` there.
         momentum: what the running statistics keep of themselves at each batch (PyTorch's momentum
-            is one minus this one).
+            is one minus this one), or None for the average over all batches; their number is then
+            the variable `count` in `batch_stats`, which is kept up wherever it is found.
         epsilon: added to the variance, inside the root.
         dtype: dtype of the result; that of the input by default.
         param_dtype: dtype of scale and bias.
@@ -42,6 +47,9 @@ class BatchNorm(nn.Module):
         use_fast_variance: accepted for Flax's sake, changes nothing.
         force_float32_reductions: accepted for Flax's sake, changes nothing.
         ddof: 0 tracks the biased variance (Flax), 1 the unbiased one (PyTorch).
+        virtual_batch_size: normalize every so many consecutive examples on their own (ghost batch
+            normalization, `bnjax.relatives.virtual_batches`); must divide the batch.
+        renorm: `(r_max, d_max)` of batch renormalization (`bnjax.relatives.batch_renorm_train`).
 
     Example:
         >>> import jax
@@ -54,8 +62,8 @@ class BatchNorm(nn.Module):
     """
 
     use_running_average: bool | None = None
-    axis: int = -1
-    momentum: float = 0.99
+    axis: int | Sequence[int] = -1
+    momentum: float | None = 0.99
     epsilon: float = 1e-5
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
@@ -68,6 +76,8 @@ class BatchNorm(nn.Module):
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
     ddof: int = 0
+    virtual_batch_size: int | None = None
+    renorm: tuple[float, float] | None = None
 
     @nn.compact
     def __call__(
@@ -78,54 +88,69 @@ class BatchNorm(nn.Module):
         Args:
             x: `[N, ..., C]` floating point, with the features where `axis` says.
             use_running_average: as the field, which may not be given as well.
-            mask: boolean of the shape of `x` without the feature axis, or with length 1 there;
-                rows where it is False count for nothing and come out as 0. Ignored with running
+            mask: boolean of the shape of `x` without the feature axes, or with length 1 there;
+                samples where it is False count for nothing and come out as 0. Ignored with running
                 statistics, as in Flax.
 
         Returns:
             The normalized array, of the shape of `x`.
 
         Raises:
-            ValueError: if training finds fewer than two samples per feature, or `mask` or the
-                variables do not fit `x`. `init` accepts any number of samples.
+            ValueError: if training finds fewer than two samples per feature, a batch that
+                `virtual_batch_size` does not divide, or anything that does not fit `x`. `init`
+                accepts any number of samples.
         """
         use_running_average = merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        if self.axis_index_groups is not None:
-            raise ValueError("axis_index_groups is set: expected None, share over all of axis_name")
+        axes = sorted(normalize_axis_tuple(self.axis, x.ndim))
+        last = range(-len(axes), 0)
+        shape = tuple(x.shape[axis] for axis in axes)
         dtype = self.dtype or x.dtype
-        x = jnp.moveaxis(x, self.axis, -1).astype(jnp.promote_types(x.dtype, dtype))
-        if mask is not None and mask.ndim == x.ndim:
-            mask = jnp.moveaxis(mask, self.axis, -1).squeeze(-1)
 
-        shape, stats_dtype = (x.shape[-1],), statistics_dtype(x)
-        scale = (
-            self.param("scale", self.scale_init, shape, self.param_dtype)
-            if self.use_scale
-            else None
-        )
-        bias = (
-            self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None
-        )
+        x = jnp.moveaxis(x, axes, last).astype(jnp.promote_types(x.dtype, dtype))
+        rows = x.reshape(*x.shape[: -len(axes)], math.prod(shape))
+        if mask is not None and mask.ndim == x.ndim and all(mask.shape[a] == 1 for a in axes):
+            mask = mask.squeeze(axes)
+
+        scale = self._param("scale", self.scale_init, shape) if self.use_scale else None
+        bias = self._param("bias", self.bias_init, shape) if self.use_bias else None
+        stats_dtype = statistics_dtype(x)
         mean: Any = self.variable("batch_stats", "mean", jnp.zeros, shape, stats_dtype)
         var: Any = self.variable("batch_stats", "var", jnp.ones, shape, stats_dtype)
-        stats = BatchStats(mean.value, var.value)
+        stats = BatchStats(mean.value.ravel(), var.value.ravel())
+        counted = self.momentum is None or self.has_variable("batch_stats", "count")
+        if counted:
+            count: Any = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
+        if self.momentum is None:
+            stats = stats._replace(count=count.value)
 
-        if use_running_average or (self.is_initializing() and math.prod(x.shape[:-1]) < 2):
-            y = batch_norm_eval(x, scale, bias, stats, epsilon=self.epsilon)
+        untrainable = math.prod(rows.shape[:-1]) < 2 or len(x) % (self.virtual_batch_size or 1)
+        if use_running_average or (self.is_initializing() and untrainable):
+            y = batch_norm_eval(rows, scale, bias, stats, epsilon=self.epsilon)
         else:
-            y, stats = batch_norm_train(
-                x,
-                scale,
-                bias,
-                stats,
-                momentum=self.momentum,
-                epsilon=self.epsilon,
-                ddof=self.ddof,
-                mask=mask,
-                axis_name=None if self.is_initializing() else self.axis_name,
-            )
+            y, updated = self._train()(rows, scale, bias, stats, mask=mask)
             if not self.is_initializing():
-                mean.value, var.value = stats.mean, stats.var
-        return jnp.moveaxis(y, -1, self.axis).astype(dtype)
+                mean.value, var.value = updated.mean.reshape(shape), updated.var.reshape(shape)
+                if counted:
+                    count.value = updated.count if self.momentum is None else count.value + 1
+        return jnp.moveaxis(y.reshape(x.shape), last, axes).astype(dtype)
+
+    def _param(self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> Array:
+        return self.param(name, init, shape, self.param_dtype).ravel()
+
+    def _train(self) -> Train:
+        if self.axis_index_groups is not None:
+            raise ValueError("axis_index_groups is set: expected None, share over all of axis_name")
+        train: Train = batch_norm_train
+        if self.renorm is not None:
+            train = partial(batch_renorm_train, limits=self.renorm)
+        train = partial(
+            train,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            ddof=self.ddof,
+            axis_name=None if self.is_initializing() else self.axis_name,
+        )
+        size = self.virtual_batch_size
+        return train if size is None else virtual_batches(train, size)

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 from jax import Array
 
 from bnjax import initializers
+from bnjax.functional import BatchStats, fold
 from bnjax.layers import BatchNorm
 from bnjax.names import choose
 
@@ -32,7 +34,7 @@ def activation(name: str) -> Callable[[Array], Array]:
 
 
 class MLP(nn.Module):
-    """Dense, batch normalization, activation, for each hidden size; then Dense.
+    """Dense, batch normalization, activation, dropout, for each hidden size; then Dense.
 
     Without batch normalization the Dense layers keep their names and shapes, so that the two
     networks can be held side by side. Normalization follows PyTorch's conventions: momentum 0.9
@@ -44,6 +46,8 @@ class MLP(nn.Module):
         use_batch_norm: normalize before each activation.
         activation: what follows each hidden layer.
         kernel_init: initializer of all kernels.
+        dropout_rate: share of the features of each hidden layer that training sets to 0, scaling
+            the others by 1 / (1 - rate); below 1.
 
     Example:
         >>> import jax
@@ -59,6 +63,7 @@ class MLP(nn.Module):
     use_batch_norm: bool = True
     activation: Callable[[Array], Array] = nn.relu
     kernel_init: nn.initializers.Initializer = initializers.torch_default
+    dropout_rate: float = 0.0
 
     @nn.compact
     def __call__(
@@ -69,7 +74,8 @@ class MLP(nn.Module):
         Args:
             x: `[N, ...]` floating point; the axes after the first are flattened.
             train: normalize with the batch's statistics and update the running ones (apply with
-                `mutable=["batch_stats"]`), instead of using the running ones.
+                `mutable=["batch_stats"]`), instead of using the running ones; drop features
+                (apply with `rngs={"dropout": key}` if `dropout_rate` is not 0).
             return_features: also return what leaves each hidden layer's activation.
 
         Returns:
@@ -77,8 +83,11 @@ class MLP(nn.Module):
             `[N, H]` array per hidden layer.
 
         Raises:
-            ValueError: if `train` and a batch of one example meet batch normalization.
+            ValueError: if `train` and a batch of one example meet batch normalization, or
+                `dropout_rate` is not in [0, 1).
         """
+        if not 0 <= self.dropout_rate < 1:
+            raise ValueError(f"dropout_rate is {self.dropout_rate}: expected in [0, 1)")
         x = x.reshape(len(x), math.prod(x.shape[1:]))
         features = []
         for size in self.hidden_sizes:
@@ -87,9 +96,46 @@ class MLP(nn.Module):
                 x = BatchNorm(use_running_average=not train, momentum=0.9, ddof=1)(x)
             x = self.activation(x)
             features.append(x)
+            x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         logits = self._dense(self.num_classes, x)
         return (logits, features) if return_features else logits
 
     def _dense(self, size: int, x: Array) -> Array:
         bias_init = initializers.torch_default_bias(fan_in=x.shape[-1])
         return nn.Dense(size, kernel_init=self.kernel_init, bias_init=bias_init)(x)
+
+
+def fold_batch_norm(model: MLP, variables: dict[str, Any]) -> tuple[MLP, dict[str, Any]]:
+    """The same network in evaluation mode, without batch normalization.
+
+    Each normalization is merged into the Dense layer before it (`bnjax.functional.fold`).
+
+    Args:
+        model: with `use_batch_norm=True`.
+        variables: its parameters and running statistics.
+
+    Returns:
+        The model with `use_batch_norm=False` and its variables, `{"params": ...}`.
+
+    Raises:
+        ValueError: if the model has no batch normalization, or the variables do not fit.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> model = MLP(hidden_sizes=(32, 32), num_classes=10)
+        >>> variables = model.init(jax.random.key(0), jnp.zeros((2, 784)), train=True)
+        >>> folded, variables = fold_batch_norm(model, variables)
+        >>> folded.use_batch_norm, sorted(variables["params"])
+        (False, ['Dense_0', 'Dense_1', 'Dense_2'])
+    """
+    if not model.use_batch_norm:
+        raise ValueError("the model has use_batch_norm=False: there is nothing to fold")
+    params, stats = variables["params"], variables["batch_stats"]
+    folded = {name: layer for name, layer in params.items() if name.startswith("Dense")}
+    for k in range(len(model.hidden_sizes)):
+        dense, norm = params[f"Dense_{k}"], params[f"BatchNorm_{k}"]
+        running = BatchStats(**stats[f"BatchNorm_{k}"])
+        kernel, bias = fold(dense["kernel"], dense["bias"], norm["scale"], norm["bias"], running)
+        folded[f"Dense_{k}"] = {"kernel": kernel, "bias": bias}
+    return model.clone(use_batch_norm=False), {"params": folded}

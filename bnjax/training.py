@@ -4,6 +4,7 @@ A batch, like the whole dataset, is a `Batch` of arrays. The functions know noth
 came from nor what the module is, beyond `module.apply(variables, images, train=...)`.
 """
 
+import zlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -48,9 +49,16 @@ class Metrics(NamedTuple):
 
 
 class TrainState(train_state.TrainState):
-    """Flax's training state (`step`, `params`, `opt_state`) with the running statistics."""
+    """Flax's training state (`step`, `params`, `opt_state`) with what it lacks.
+
+    Attributes:
+        batch_stats: the running statistics.
+        dropout_key: `[2]` uint32, data of the key that each step folds with its number; None
+            for modules that draw nothing.
+    """
 
     batch_stats: Any
+    dropout_key: Array | None = None
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -66,9 +74,10 @@ def create_state(
     Args:
         module: called as `module.apply(variables, images, train=...)`.
         optimizer: an optax gradient transformation.
-        key: a JAX random key.
+        key: a JAX random key; decides the parameters and what dropout drops.
         images: `[N, ...]`, any examples of the right shape.
     """
+    dropout_key = jax.random.fold_in(key, zlib.crc32(b"dropout"))
     variables = module.init(key, to_float(images), train=True)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -77,6 +86,7 @@ def create_state(
         tx=optimizer,
         opt_state=optimizer.init(variables["params"]),
         batch_stats=variables.get("batch_stats", {}),
+        dropout_key=jax.random.key_data(dropout_key),
     )
 
 
@@ -98,10 +108,19 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         pass that the gradient came from.
     """
 
+    rngs = {}
+    if state.dropout_key is not None:
+        key = jax.random.wrap_key_data(state.dropout_key)
+        rngs["dropout"] = jax.random.fold_in(key, state.step)
+
     def loss_fn(params: Any) -> tuple[Array, tuple[Metrics, Any]]:
         variables = {"params": params, "batch_stats": state.batch_stats}
         logits, updates = state.apply_fn(
-            variables, to_float(batch.images), train=True, mutable=["batch_stats"]
+            variables,
+            to_float(batch.images),
+            train=True,
+            mutable=["batch_stats"],
+            rngs=rngs,
         )
         metrics = _metrics(logits, batch.labels)
         return metrics.loss / metrics.examples, (metrics, updates)

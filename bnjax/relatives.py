@@ -1,0 +1,130 @@
+"""Relatives of batch normalization, made of `batch_norm_train`: ghost batches and renormalization."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.core import Tracer
+
+from bnjax.functional import BatchStats, batch_norm_train
+from bnjax.moments import statistics_dtype
+
+Train = Callable[..., tuple[Array, BatchStats]]
+
+
+def virtual_batches(train: Train, size: int) -> Train:
+    """Ghost batch normalization: `train` on every `size` consecutive examples in turn.
+
+    The running statistics pass from one virtual batch to the next, as if each had been a batch of
+    its own. Hoffer, Hubara & Soudry, "Train longer, generalize better" (2017), algorithm 1.
+
+    Args:
+        train: `(x, scale, bias, stats, *, mask) -> (y, stats)`, such as `batch_norm_train`.
+        size: examples in a virtual batch; must divide the batch.
+
+    Returns:
+        A function of the same form, which raises `ValueError` where `size` does not divide the
+        batch.
+
+    Example:
+        >>> train = virtual_batches(batch_norm_train, 2)
+        >>> x = jnp.array([[1.0], [3.0], [10.0], [30.0]])
+        >>> y, _ = train(x, None, None, BatchStats(jnp.zeros(1), jnp.ones(1)))
+        >>> print(y.ravel().round(3))
+        [-1.  1. -1.  1.]
+    """
+
+    def train_each(
+        x: Array,
+        scale: Array | None,
+        bias: Array | None,
+        stats: BatchStats,
+        *,
+        mask: Array | None = None,
+    ) -> tuple[Array, BatchStats]:
+        if size < 1 or len(x) % size:
+            raise ValueError(
+                f"virtual_batch_size is {size}: expected a positive number that divides "
+                f"the batch of {len(x)} examples"
+            )
+
+        def step(
+            stats: BatchStats, group: tuple[Array, Array | None]
+        ) -> tuple[BatchStats, Array]:
+            y, stats = train(group[0], scale, bias, stats, mask=group[1])
+            return stats, y
+
+        dtype = statistics_dtype(x)
+        stats = stats._replace(mean=stats.mean.astype(dtype), var=stats.var.astype(dtype))
+        x_groups = x.reshape(-1, size, *x.shape[1:])
+        mask_groups = None if mask is None else mask.reshape(-1, size, *mask.shape[1:])
+        stats, y = lax.scan(step, stats, (x_groups, mask_groups))
+        return y.reshape(x.shape), stats
+
+    return train_each
+
+
+def batch_renorm_train(
+    x: Array,
+    scale: Array | None,
+    bias: Array | None,
+    stats: BatchStats,
+    *,
+    limits: tuple[float, float],
+    epsilon: float = 1e-5,
+    mask: Array | None = None,
+    axis_name: str | None = None,
+    **settings: Any,
+) -> tuple[Array, BatchStats]:
+    """Batch renormalization: what evaluation will see, within limits, with the batch's gradients.
+
+        y = scale * ((x - mean) / s * r + d) + bias,   s = sqrt(var + epsilon)
+        r = clip(s / s', 1 / r_max, r_max)             s' = sqrt(stats.var + epsilon)
+        d = clip((mean - stats.mean) / s', -d_max, d_max)
+
+    with the batch's mean and biased variance; r and d are constants to differentiation. Ioffe,
+    "Batch Renormalization" (2017), algorithm 1, except that the running statistic is the variance,
+    as everywhere here, not its root. The paper starts at (1, 0), plain batch normalization, and
+    relaxes to (3, 5) during the first part of the training.
+
+    Args:
+        x: `[N, ..., C]` floating point.
+        scale: `[C]`, or None for 1.
+        bias: `[C]`, or None for 0.
+        stats: running statistics before the batch, each `[C]`.
+        limits: r_max, at least 1, and d_max, at least 0. They may be traced, to be scheduled
+            without compiling again.
+        epsilon, mask, axis_name, settings: as for `batch_norm_train`.
+
+    Returns:
+        As `batch_norm_train`.
+
+    Raises:
+        ValueError: as `batch_norm_train`, or if the limits are out of range.
+
+    Example:
+        >>> stats = BatchStats(mean=jnp.array([0.0]), var=jnp.array([4.0]))
+        >>> x = jnp.array([[0.0], [4.0]])
+        >>> for limits in ((1.0, 0.0), (3.0, 5.0)):
+        ...     y, _ = batch_renorm_train(x, None, None, stats, limits=limits)
+        ...     print(y.ravel().round(3))  # as the batch alone, then as x / 2 in evaluation
+        [-1.  1.]
+        [0. 2.]
+    """
+    for name, limit, least in zip(("r_max", "d_max"), limits, (1, 0), strict=True):
+        if not isinstance(limit, Tracer) and not limit >= least:
+            raise ValueError(f"{name} is {limit}: expected at least {least}")
+    batch_settings = {"epsilon": epsilon, "mask": mask, "axis_name": axis_name}
+    running = BatchStats(stats.mean, stats.var)
+    _, batch = batch_norm_train(x, None, None, running, momentum=0.0, **batch_settings)
+    r_max, d_max = limits
+    running_std = jnp.sqrt(stats.var + epsilon)
+    r = jnp.clip(jnp.sqrt(batch.var + epsilon) / running_std, 1 / r_max, r_max)
+    d = jnp.clip((batch.mean - stats.mean) / running_std, -d_max, d_max)
+    r, d = lax.stop_gradient((r, d))
+    if scale is not None:
+        r, d = scale.astype(r.dtype) * r, scale.astype(d.dtype) * d
+    if bias is not None:
+        d = d + bias.astype(d.dtype)
+    return batch_norm_train(x, r, d, stats, **batch_settings, **settings)
