@@ -1,4 +1,4 @@
-"""Relatives of batch normalization, made of `batch_norm_train`: ghost batches and renormalization."""
+"""Relatives of batch normalization, made of `batch_norm_train`: ghost batches and renorm."""
 
 from collections.abc import Callable
 from typing import Any
