@@ -5,14 +5,13 @@ Covariate Shift" (2015), algorithm 1, for input `[N, ..., C]`: features last, st
 other axes. How the moments stay accurate stands in `bnjax.moments`.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
-from bnjax.moments import centre, statistics_dtype
+from bnjax.moments import centre, check_sample_count, statistics_dtype
 
 
 class BatchStats(NamedTuple):
@@ -85,7 +84,7 @@ def batch_norm_train(
         _check_mask(mask, x)
     if ddof not in (0, 1):
         raise ValueError(f"ddof is {ddof}: expected 0 (biased) or 1 (unbiased running variance)")
-    _check_sample_count(x, axis_name)
+    check_sample_count(x, axis_name)
 
     dtype = statistics_dtype(x)
     valid = None if mask is None else mask.reshape(-1, 1)
@@ -250,14 +249,3 @@ def _check_mask(mask: Array, x: Array) -> None:
         )
     if mask.dtype != bool:
         raise ValueError(f"mask has dtype {mask.dtype}: expected bool, True where x counts")
-
-
-def _check_sample_count(x: Array, axis_name: str | None) -> None:
-    devices = 1 if axis_name is None else lax.axis_size(axis_name)
-    samples = devices * math.prod(x.shape[:-1])
-    if samples < 2:
-        raise ValueError(
-            f"batch normalization in training needs at least 2 samples per feature, found "
-            f"N = {samples} in x of shape {x.shape}: use a larger batch, drop the last short "
-            "batch, or normalize with running statistics (evaluation mode)"
-        )

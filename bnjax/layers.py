@@ -103,15 +103,8 @@ class BatchNorm(nn.Module):
         use_running_average = merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        axes = sorted(normalize_axis_tuple(self.axis, x.ndim))
-        last = range(-len(axes), 0)
-        shape = tuple(x.shape[axis] for axis in axes)
         dtype = self.dtype or x.dtype
-
-        x = jnp.moveaxis(x, axes, last).astype(jnp.promote_types(x.dtype, dtype))
-        rows = x.reshape(*x.shape[: -len(axes)], math.prod(shape))
-        if mask is not None and mask.ndim == x.ndim and all(mask.shape[a] == 1 for a in axes):
-            mask = mask.squeeze(axes)
+        x, mask, shape = features_last(x.astype(jnp.promote_types(x.dtype, dtype)), self.axis, mask)
 
         scale = self._param("scale", self.scale_init, shape) if self.use_scale else None
         bias = self._param("bias", self.bias_init, shape) if self.use_bias else None
@@ -125,16 +118,16 @@ class BatchNorm(nn.Module):
         if self.momentum is None:
             stats = stats._replace(count=count.value)
 
-        untrainable = math.prod(rows.shape[:-1]) < 2 or len(x) % (self.virtual_batch_size or 1)
+        untrainable = math.prod(x.shape[:-1]) < 2 or len(x) % (self.virtual_batch_size or 1)
         if use_running_average or (self.is_initializing() and untrainable):
-            y = batch_norm_eval(rows, scale, bias, stats, epsilon=self.epsilon)
+            y = batch_norm_eval(x, scale, bias, stats, epsilon=self.epsilon)
         else:
-            y, updated = self._train()(rows, scale, bias, stats, mask=mask)
+            y, updated = self._train()(x, scale, bias, stats, mask=mask)
             if not self.is_initializing():
                 mean.value, var.value = updated.mean.reshape(shape), updated.var.reshape(shape)
                 if counted:
                     count.value = updated.count if self.momentum is None else count.value + 1
-        return jnp.moveaxis(y.reshape(x.shape), last, axes).astype(dtype)
+        return _features_back(y, self.axis, shape).astype(dtype)
 
     def _param(self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> Array:
         return self.param(name, init, shape, self.param_dtype).ravel()
@@ -154,3 +147,37 @@ class BatchNorm(nn.Module):
         )
         size = self.virtual_batch_size
         return train if size is None else virtual_batches(train, size)
+
+
+def features_last(
+    x: Array, axis: int | Sequence[int], mask: Array | None = None
+) -> tuple[Array, Array | None, tuple[int, ...]]:
+    """Brings features to the end, as one axis.
+
+    Args:
+        x: an array of any shape.
+        axis: its feature axis or axes.
+        mask: of the shape of `x` without the feature axes, or with length 1 there.
+
+    Returns:
+        `x` as `[N, ..., C]`, the mask as `[N, ...]`, and the shape of the features, of product C.
+
+    Raises:
+        ValueError: if `x` has no such axis.
+
+    Example:
+        >>> x, _, shape = features_last(jnp.zeros((5, 2, 3, 4)), axis=(1, -1))
+        >>> x.shape, shape
+        ((5, 3, 8), (2, 4))
+    """
+    axes = sorted(normalize_axis_tuple(axis, x.ndim))
+    shape = tuple(x.shape[a] for a in axes)
+    if mask is not None and mask.ndim == x.ndim and all(mask.shape[a] == 1 for a in axes):
+        mask = mask.squeeze(axes)
+    x = jnp.moveaxis(x, axes, range(-len(axes), 0))
+    return x.reshape(*x.shape[: -len(axes)], math.prod(shape)), mask, shape
+
+
+def _features_back(y: Array, axis: int | Sequence[int], shape: tuple[int, ...]) -> Array:
+    y = y.reshape(*y.shape[:-1], *shape)
+    return jnp.moveaxis(y, range(-len(shape), 0), sorted(normalize_axis_tuple(axis, y.ndim)))

@@ -5,6 +5,7 @@ digit there. So everything is measured from a provisional mean: `x - provisional
 values near it (Sterbenz), and only the small mean that remains has to be rounded.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,12 +29,28 @@ class Moments(NamedTuple):
 
     mean: Array
     var: Array
-    count: Array
+    count: Array  # type: ignore[assignment]
 
 
 def statistics_dtype(x: Array) -> jnp.dtype:
     """The dtype of the statistics of `x`: float64 for float64 input, else float32."""
     return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def check_sample_count(x: Array, axis_name: str | None = None) -> None:
+    """Refuses `x` `[N, ..., C]` whose shape leaves fewer than two samples per feature.
+
+    Raises:
+        ValueError: naming their number, the shape and the remedies.
+    """
+    devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    samples = devices * math.prod(x.shape[:-1])
+    if samples < 2:
+        raise ValueError(
+            f"batch normalization in training needs at least 2 samples per feature, found "
+            f"N = {samples} in x of shape {x.shape}: use a larger batch, drop the last short "
+            "batch, or normalize with running statistics (evaluation mode)"
+        )
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))

@@ -1,6 +1,7 @@
 """Relatives of batch normalization, made of `batch_norm_train`: ghost batches and renorm."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -49,9 +50,7 @@ def virtual_batches(train: Train, size: int) -> Train:
                 f"the batch of {len(x)} examples"
             )
 
-        def step(
-            stats: BatchStats, group: tuple[Array, Array | None]
-        ) -> tuple[BatchStats, Array]:
+        def step(stats: BatchStats, group: tuple[Array, Array | None]) -> tuple[BatchStats, Array]:
             y, stats = train(group[0], scale, bias, stats, mask=group[1])
             return stats, y
 
@@ -115,9 +114,9 @@ def batch_renorm_train(
     for name, limit, least in zip(("r_max", "d_max"), limits, (1, 0), strict=True):
         if not isinstance(limit, Tracer) and not limit >= least:
             raise ValueError(f"{name} is {limit}: expected at least {least}")
-    batch_settings = {"epsilon": epsilon, "mask": mask, "axis_name": axis_name}
+    train = partial(batch_norm_train, epsilon=epsilon, mask=mask, axis_name=axis_name)
     running = BatchStats(stats.mean, stats.var)
-    _, batch = batch_norm_train(x, None, None, running, momentum=0.0, **batch_settings)
+    _, batch = train(x, None, None, running, momentum=0.0)
     r_max, d_max = limits
     running_std = jnp.sqrt(stats.var + epsilon)
     r = jnp.clip(jnp.sqrt(batch.var + epsilon) / running_std, 1 / r_max, r_max)
@@ -127,4 +126,4 @@ def batch_renorm_train(
         r, d = scale.astype(r.dtype) * r, scale.astype(d.dtype) * d
     if bias is not None:
         d = d + bias.astype(d.dtype)
-    return batch_norm_train(x, r, d, stats, **batch_settings, **settings)
+    return train(x, r, d, stats, **settings)

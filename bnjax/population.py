@@ -1,0 +1,235 @@
+"""Population statistics: what batch normalization should use in evaluation, over frozen weights.
+
+Running statistics follow the weights with a delay and weigh the last batches most. Once training
+is over they can be estimated afresh, from as many samples as one likes: Ioffe & Szegedy (2015),
+algorithm 2; Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 3.
+
+Every pass is in evaluation mode, so that nothing else in the network (dropout) behaves as in
+training: just before a layer normalizes, the statistics of the batch at hand take the place of its
+running ones. It works for any module called as `module.apply(variables, x, train=...)` whose layers
+are `bnjax.BatchNorm` or `flax.linen.BatchNorm`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial, reduce
+from itertools import islice
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+
+from bnjax.layers import BatchNorm, features_last
+from bnjax.moments import Moments, centre, check_sample_count, merge, statistics_dtype
+from bnjax.training import AnyArray, to_float
+
+Variables = dict[str, Any]
+Path = tuple[str, ...]
+Layers = dict[Path, Moments]
+
+
+class Gap(NamedTuple):
+    """How far a layer's running statistics are from those of the population.
+
+    Attributes:
+        mean: root mean square over the features of the difference of the means, in units of the
+            population's sqrt(var + epsilon): the shift of the normalized values.
+        std: the same of the ratio of sqrt(var + epsilon), running over population, minus one.
+    """
+
+    mean: Array
+    std: Array
+
+
+def estimate(
+    module: nn.Module,
+    variables: Variables,
+    batches: Iterable[AnyArray],
+    *,
+    layer_by_layer: bool = False,
+) -> Variables:
+    """The statistics of all samples together, however they are cut into batches.
+
+    Batches are merged by their counts, means and centred squares (`bnjax.moments.merge`), so that a
+    short one counts by its size. PyTorch's `torch.optim.swa_utils.update_bn` averages the batches'
+    statistics instead, each with the same weight, and misses the variance between them.
+
+    Args:
+        module: called as `module.apply(variables, x, train=False)`.
+        variables: parameters, and `batch_stats` to be replaced.
+        batches: `[N, ...]` images, uint8 in 0..255 or floating point.
+        layer_by_layer: one pass over the batches for each layer, in which all earlier layers
+            already use their population statistics, as they will in evaluation. Otherwise one pass
+            in all, in which every layer sees what the batch's own statistics make of the earlier
+            ones, as in training.
+
+    Returns:
+        `variables` with the mean and biased variance of the population in `batch_stats`.
+
+    Raises:
+        ValueError: if there is no batch or no batch normalization, a batch has fewer than two
+            samples per feature, or `layer_by_layer` finds `batches` to be readable only once.
+
+    Example:
+        >>> from bnjax.models import MLP
+        >>> model = MLP(hidden_sizes=(4,), num_classes=2)
+        >>> variables = model.init(jax.random.key(0), jnp.zeros((2, 1)), train=True)
+        >>> x = jnp.arange(10.0)[:, None]
+        >>> variables = estimate(model, variables, [x[:4], x[4:8], x[8:]])
+        >>> pre = x @ variables["params"]["Dense_0"]["kernel"]
+        >>> bool(jnp.allclose(variables["batch_stats"]["BatchNorm_0"]["var"], pre.var(axis=0)))
+        True
+    """
+    return _replace(module, variables, batches, layer_by_layer, partial(reduce, _merge))
+
+
+def algorithm_2(
+    module: nn.Module,
+    variables: Variables,
+    batches: Iterable[AnyArray],
+    *,
+    layer_by_layer: bool = False,
+) -> Variables:
+    """The average over batches that the paper's algorithm 2 prescribes.
+
+        mean = E[mean_B],   var = E[m / (m - 1) var_B]
+
+    with m samples per feature in a batch, and the same weight for every batch: exact for batches of
+    one size, drawn at random. Arguments, results and errors are those of `estimate`.
+
+    Source: Ioffe & Szegedy (2015), algorithm 2, steps 8 to 10.
+
+    Example:
+        >>> from bnjax.models import MLP
+        >>> model = MLP(hidden_sizes=(4,), num_classes=2)
+        >>> variables = model.init(jax.random.key(0), jnp.zeros((2, 1)), train=True)
+        >>> x = jnp.arange(10.0)[:, None]
+        >>> variables = algorithm_2(model, variables, [x[:5], x[5:]])
+        >>> pre = x[:5] @ variables["params"]["Dense_0"]["kernel"]
+        >>> unbiased = pre.var(axis=0, ddof=1)
+        >>> bool(jnp.allclose(variables["batch_stats"]["BatchNorm_0"]["var"], unbiased))
+        True
+    """
+    return _replace(module, variables, batches, layer_by_layer, _average)
+
+
+def gap(running: Variables, population: Variables, *, epsilon: float = 1e-5) -> dict[str, Gap]:
+    """The gap between the running and the population statistics of each layer.
+
+    Args:
+        running: variables with `batch_stats` as training left them.
+        population: variables with `batch_stats` from `estimate` or `algorithm_2`.
+        epsilon: of the layers.
+
+    Returns:
+        A `Gap` of scalars per layer, by its path, as in `"Block_0/BatchNorm_1"`.
+
+    Example:
+        >>> running = {"batch_stats": {"norm": {"mean": jnp.ones(2), "var": 4 * jnp.ones(2)}}}
+        >>> population = {"batch_stats": {"norm": {"mean": jnp.zeros(2), "var": jnp.ones(2)}}}
+        >>> print(*gap(running, population, epsilon=0.0)["norm"])
+        1.0 1.0
+    """
+    before, after = (flatten_dict(v["batch_stats"]) for v in (running, population))
+    gaps = {}
+    for path in (path[:-1] for path in before if path[-1] == "mean"):
+        std = jnp.sqrt(after[*path, "var"] + epsilon)
+        shift = (before[*path, "mean"] - after[*path, "mean"]) / std
+        stretch = jnp.sqrt(before[*path, "var"] + epsilon) / std - 1
+        gaps["/".join(path)] = Gap(*(jnp.sqrt(jnp.mean(v**2)) for v in (shift, stretch)))
+    return gaps
+
+
+def _replace(
+    module: nn.Module,
+    variables: Variables,
+    batches: Iterable[AnyArray],
+    layer_by_layer: bool,
+    combine: Callable[[list[Layers]], Layers],
+) -> Variables:
+    if layer_by_layer and isinstance(batches, Iterator):
+        raise ValueError(
+            "layer_by_layer reads the batches once for each layer, found an iterator, which ends "
+            "after the first: pass a list"
+        )
+    passes = (layer_by_layer and _paths(module, variables, batches)) or [None]
+    for path in passes:
+        measure = jax.jit(partial(_measure, module, path))
+        found = [measure(variables, images) for images in batches]
+        if not (found and found[0]):
+            what = "batch normalization in the module" if found else "batch"
+            raise ValueError(f"there is nothing to estimate statistics from: found no {what}")
+        stats = flatten_dict(variables["batch_stats"])
+        for layer, moments in combine(found).items():
+            stats[*layer, "mean"], stats[*layer, "var"] = moments.mean, moments.var
+        variables = {**variables, "batch_stats": unflatten_dict(stats)}
+    return variables
+
+
+def _paths(
+    module: nn.Module, variables: Variables, batches: Iterable[AnyArray]
+) -> list[Path | None]:
+    """The layers that normalize, from the input on."""
+    paths: list[Path | None] = []
+
+    def note(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        if _normalizes(context) and context.module.path not in paths:
+            paths.append(context.module.path)
+        return next_fun(*args, **kwargs)
+
+    for images in islice(batches, 1):
+        with nn.intercept_methods(note):
+            jax.eval_shape(partial(module.apply, train=False), variables, to_float(images))
+    return paths
+
+
+def _measure(
+    module: nn.Module, only: Path | None, variables: Variables, images: AnyArray
+) -> Layers:
+    """Moments of what enters each layer, or `only` one, when it normalizes with them."""
+
+    def substitute(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        layer = context.module
+        if _normalizes(context) and only in (None, layer.path):
+            x, mask, shape = features_last(args[0], layer.axis, kwargs.get("mask"))
+            check_sample_count(x)
+            valid = None if mask is None else mask.reshape(-1, 1)
+            _, moments = centre(
+                x.reshape(-1, x.shape[-1]).astype(statistics_dtype(x)), valid, axis_name=None
+            )
+            layer.put_variable("batch_stats", "mean", moments.mean.reshape(shape))
+            layer.put_variable("batch_stats", "var", moments.var.reshape(shape))
+            layer.put_variable("samples", "count", moments.count)
+        return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(substitute):
+        _, found = module.apply(
+            variables, to_float(images), train=False, mutable=["batch_stats", "samples"]
+        )
+    stats = flatten_dict(found.get("batch_stats", {}))
+    counts = flatten_dict(found.get("samples", {}))
+    return {
+        tuple(path): Moments(stats[*path, "mean"], stats[*path, "var"], count)
+        for (*path, _), count in counts.items()
+    }
+
+
+def _normalizes(context: Any) -> bool:
+    return context.method_name == "__call__" and isinstance(
+        context.module, BatchNorm | nn.BatchNorm
+    )
+
+
+@jax.jit
+def _merge(a: Layers, b: Layers) -> Layers:
+    return {path: merge(a[path], b[path]) for path in a}
+
+
+def _average(found: list[Layers]) -> Layers:
+    def unbias(moments: Moments) -> Moments:
+        return moments._replace(var=moments.var * (moments.count / (moments.count - 1)))
+
+    unbiased = [{path: unbias(moments) for path, moments in layers.items()} for layers in found]
+    return jax.tree.map(lambda *values: jnp.stack(values).mean(axis=0), *unbiased)
