@@ -54,7 +54,7 @@ def prepare(arguments: Sequence[str], prog: str, description: str, console: Cons
     if out:
         runs.check_free(out)
 
-    dataset = _load_data(experiment.dataset, execution.data_dir, console)
+    dataset = load_data(experiment.dataset, execution.data_dir, console)
     experiment.check_against(dataset)
     found = {"name": dataset.name, "sha256": data.fingerprint(dataset)}
     requested = saved["dataset"]["requested"] if saved else experiment.dataset
@@ -134,7 +134,12 @@ def _check_resumable(before: Experiment, after: Experiment, path: Path) -> None:
         raise ValueError(f"{path} cannot go on with other settings: {told}")
 
 
-def _load_data(name: str, directory: Path | None, console: Console) -> Dataset:
+def load_data(name: str, directory: Path | None, console: Console) -> Dataset:
+    """The dataset, and on the console what the user should know about it.
+
+    Raises:
+        ValueError: as `bnjax.data.load`.
+    """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DataWarning)
         dataset = data.load(name, directory)

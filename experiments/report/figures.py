@@ -93,6 +93,47 @@ def features(image: np.ndarray, label: int, probes: Mapping[str, np.ndarray]) ->
     return figure
 
 
+def train_eval_mode(numbers: Mapping[str, Any]) -> Figure:
+    """The lesson of `experiments.train_eval_mode`: what training mode does to predictions.
+
+    Args:
+        numbers: as its `lesson` returns them.
+    """
+    dropout, alone, groups = numbers["dropout"], numbers["alone"], numbers["groups"]
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    calls, twice, company = figure.subplots(1, 3)
+    settled = np.eye(10)[dropout["torn_evaluation"]] * sum(dropout["torn_votes"])
+    for axes, counts, evaluation, title in (
+        (
+            calls,
+            dropout["torn_votes"],
+            settled,
+            f"Dropout: one {dropout['torn_label']} in many calls",
+        ),
+        (twice, alone["twice"], alone["evaluation"], "Each test image fed twice"),
+    ):
+        axes.bar(range(10), counts, width=0.5, color=STYLES["no_bn"]["color"])
+        axes.bar(range(10), evaluation, width=0.9, fill=False, edgecolor=STYLES["bn"]["color"])
+        axes.set_title(title, loc="left", fontweight="bold")
+        axes.set_xticks(range(10))
+        axes.set_xlabel("predicted class")
+        axes.set_ylabel("predictions")
+    sizes = [str(size) for size in groups["training"]]
+    accuracies = [100 * group["accuracy"] for group in groups["training"].values()]
+    labels, values = ["1, twice", *sizes], [100 * alone["accuracy"], *accuracies]
+    company.plot(labels, values, label="training mode", **STYLES["no_bn"])
+    evaluation = np.full(len(labels), 100 * groups["evaluation"]["accuracy"])
+    company.plot(labels, evaluation, label="evaluation mode", **STYLES["bn"])
+    company.set_ylim(0, 105)
+    company.set_title("Judged by their company", loc="left", fontweight="bold")
+    company.set_xlabel("test images in a batch")
+    company.set_ylabel("test accuracy in percent")
+    company.legend(frameon=False, loc="lower right")
+    for axes in (calls, twice, company):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def _as_square(values: np.ndarray) -> np.ndarray:
     side = math.isqrt(len(values) - 1) + 1
     padded = np.full(side * side, np.nan)
