@@ -70,6 +70,8 @@ def batch_norm_train(
         ValueError: if the shapes leave fewer than two samples per feature, or an argument does
             not fit `x`.
 
+    Source: Ioffe & Szegedy (2015), algorithm 1 and section 3.1.
+
     Example:
         >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
         >>> y, stats = batch_norm_train(x, None, None, BatchStats(jnp.zeros(2), jnp.ones(2)))
@@ -126,6 +128,8 @@ def batch_norm_eval(
     Raises:
         ValueError: if an argument does not fit `x`.
 
+    Source: Ioffe & Szegedy (2015), algorithm 2, steps 10 to 12.
+
     Example:
         >>> stats = BatchStats(mean=jnp.array([2.0]), var=jnp.array([4.0]))
         >>> print(batch_norm_eval(jnp.array([[6.0]]), None, None, stats, epsilon=0.0))
@@ -151,9 +155,7 @@ def fold(
         kernel' = kernel * factor,   factor = scale / sqrt(stats.var + epsilon)
         bias' = (bias - stats.mean) * factor + offset
 
-    so that `x @ kernel' + bias'` is what normalization made of `x @ kernel + bias`. Ioffe &
-    Szegedy (2015), algorithm 2, step 11; Jacob et al., "Quantization and Training of Neural
-    Networks" (2018), section 3.2.
+    so that `x @ kernel' + bias'` is what normalization makes of `x @ kernel + bias`.
 
     Args:
         kernel: `[..., C]`, output features last, as Flax's Dense and Conv have it.
@@ -168,6 +170,9 @@ def fold(
 
     Raises:
         ValueError: if an argument does not fit `kernel`.
+
+    Source: Ioffe & Szegedy (2015), algorithm 2, step 11; Jacob et al., "Quantization and Training
+    of Neural Networks for Efficient Integer-Arithmetic-Only Inference" (2018), section 3.2.
 
     Example:
         >>> stats = BatchStats(mean=jnp.array([3.0]), var=jnp.array([4.0]))

@@ -51,6 +51,8 @@ class BatchNorm(nn.Module):
             normalization, `bnjax.relatives.virtual_batches`); must divide the batch.
         renorm: `(r_max, d_max)` of batch renormalization (`bnjax.relatives.batch_renorm_train`).
 
+    Source: Ioffe & Szegedy (2015), algorithms 1 and 2.
+
     Example:
         >>> import jax
         >>> layer = BatchNorm(use_running_average=False)

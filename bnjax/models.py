@@ -39,6 +39,7 @@ class MLP(nn.Module):
     Without batch normalization the Dense layers keep their names and shapes, so that the two
     networks can be held side by side. Normalization follows PyTorch's conventions: momentum 0.9
     (0.1 in PyTorch's sense), epsilon 1e-5, unbiased running variance. Biases are PyTorch's.
+    Dropout is inverted, as in Srivastava et al. (2014), section 10.
 
     Attributes:
         hidden_sizes: width of each hidden layer.

@@ -33,7 +33,12 @@ class Moments(NamedTuple):
 
 
 def statistics_dtype(x: Array) -> jnp.dtype:
-    """The dtype of the statistics of `x`: float64 for float64 input, else float32."""
+    """The dtype of the statistics of `x`: float64 for float64 input, else float32.
+
+    Example:
+        >>> print(statistics_dtype(jnp.zeros(3, jnp.bfloat16)))
+        float32
+    """
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
@@ -42,6 +47,9 @@ def check_sample_count(x: Array, axis_name: str | None = None) -> None:
 
     Raises:
         ValueError: naming their number, the shape and the remedies.
+
+    Example:
+        >>> check_sample_count(jnp.zeros((1, 4, 4, 3)))  # sixteen
     """
     devices = 1 if axis_name is None else lax.axis_size(axis_name)
     samples = devices * math.prod(x.shape[:-1])
@@ -69,6 +77,14 @@ def centre(x: Array, valid: Array | None, axis_name: str | None) -> tuple[Array,
 
     Returns:
         `x - mean`, of which rows that are not valid mean nothing, and the moments.
+
+    Source: Chan, Golub & LeVeque, "Algorithms for Computing the Sample Variance: Analysis and
+    Recommendations" (1983), on shifted data and pairwise sums.
+
+    Example:
+        >>> centred, moments = centre(jnp.array([[100001.0], [100003.0]]), None, None)
+        >>> print(centred.ravel(), *moments)
+        [-1.  1.] [100002.] [1.] 2.0
     """
     if valid is None:
         count = jnp.asarray(len(x), x.dtype)

@@ -72,6 +72,8 @@ def estimate(
         ValueError: if there is no batch or no batch normalization, a batch has fewer than two
             samples per feature, or `layer_by_layer` finds `batches` to be readable only once.
 
+    Source: Wu & Johnson (2021), section 3; Chan, Golub & LeVeque (1979) for the merging.
+
     Example:
         >>> from bnjax.models import MLP
         >>> model = MLP(hidden_sizes=(4,), num_classes=2)

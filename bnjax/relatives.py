@@ -25,8 +25,10 @@ def virtual_batches(train: Train, size: int) -> Train:
         size: examples in a virtual batch; must divide the batch.
 
     Returns:
-        A function of the same form, which raises `ValueError` where `size` does not divide the
-        batch.
+        A function of the same form.
+
+    Raises:
+        ValueError: that function, if `size` does not divide the batch.
 
     Example:
         >>> train = virtual_batches(batch_norm_train, 2)

@@ -29,6 +29,7 @@ from experiments import runs
 SIZES = ((100, 32), (256, 512), (4096, 1024), (65536, 256))
 LEAST_SECONDS = 0.05  # a measurement repeats short calls until it lasts this long
 
+Call = Callable[[], Any]
 Times = dict[tuple[int, ...], dict[str, list[float]]]
 Forward = Callable[[Array, Array, Array], tuple[Array, Any]]
 
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runs.write_json(settings.json, found)
 
 
-def measure(calls: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+def measure(calls: Mapping[str, Call], repeats: int) -> dict[str, list[float]]:
     """Seconds per call, `repeats` times for each contender, in turns.
 
     Args:
@@ -80,7 +81,7 @@ def measure(calls: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, 
     return seconds
 
 
-def contenders(x: np.ndarray, gradient: np.ndarray) -> dict[str, Callable[[], None]]:
+def contenders(x: np.ndarray, gradient: np.ndarray) -> dict[str, Call]:
     """Forward and backward pass by contender, PyTorch among them where it is installed.
 
     Args:
@@ -136,18 +137,18 @@ def _flax(use_fast_variance: bool) -> Forward:
     return forward
 
 
-def _in_jax(forward: Forward, x: np.ndarray, gradient: np.ndarray) -> Callable[[], None]:
+def _in_jax(forward: Forward, x: np.ndarray, gradient: np.ndarray) -> Call:
     @jax.jit
     def both(x: Array, scale: Array, bias: Array, gradient: Array) -> Any:
         y, backward, stats = jax.vjp(forward, x, scale, bias, has_aux=True)
-        return y, stats, backward(gradient)
+        return (y, *backward(gradient)), stats
 
     vectors = jnp.ones(x.shape[-1]), jnp.zeros(x.shape[-1])
     arrays = jnp.asarray(x), *vectors, jnp.asarray(gradient)
-    return lambda: jax.block_until_ready(both(*arrays))
+    return lambda: jax.block_until_ready(both(*arrays))[0]
 
 
-def _in_torch(x: np.ndarray, gradient: np.ndarray) -> Callable[[], None]:
+def _in_torch(x: np.ndarray, gradient: np.ndarray) -> Call:
     import torch
 
     cuda = jax.devices()[0].platform == "gpu" and torch.cuda.is_available()
@@ -156,15 +157,17 @@ def _in_torch(x: np.ndarray, gradient: np.ndarray) -> Callable[[], None]:
     inputs = torch.tensor(x, device=device, requires_grad=True)
     gradients = torch.tensor(gradient, device=device)
 
-    def both() -> None:
-        torch.autograd.grad(layer(inputs), (inputs, layer.weight, layer.bias), gradients)
+    def both() -> Any:
+        y = layer(inputs)
+        backward = torch.autograd.grad(y, (inputs, layer.weight, layer.bias), gradients)
         if cuda:
             torch.cuda.synchronize()
+        return y.detach(), *backward
 
     return both
 
 
-def _time(call: Callable[[], None], number: int) -> float:
+def _time(call: Call, number: int) -> float:
     start = time.perf_counter()
     for _ in range(number):
         call()

@@ -118,6 +118,7 @@ def train_eval_mode(numbers: Mapping[str, Any]) -> Figure:
         axes.set_xticks(range(10))
         axes.set_xlabel("predicted class")
         axes.set_ylabel("predictions")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     sizes = [str(size) for size in groups["training"]]
     accuracies = [100 * group["accuracy"] for group in groups["training"].values()]
     labels, values = ["1, twice", *sizes], [100 * alone["accuracy"], *accuracies]
