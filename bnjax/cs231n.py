@@ -73,9 +73,7 @@ def batchnorm_forward(
         >>> print(out.ravel().round(2), bn_param["running_mean"])
         [3. 7.] [1.]
     """
-    x, gamma, beta = jnp.asarray(x), jnp.atleast_2d(gamma), jnp.atleast_2d(beta)
-    if x.ndim != 2:
-        raise ValueError(f"x has shape {x.shape}: expected [N, D]")
+    x, gamma, beta = _as_matrix(x), jnp.atleast_2d(gamma), jnp.atleast_2d(beta)
     mode, axis = bn_param.get("mode"), bn_param.get("axis", 0)
     eps, momentum = bn_param.get("eps", 1e-5), bn_param.get("momentum", 0.9)
     running_mean = bn_param.get("running_mean", jnp.zeros(x.shape[1], x.dtype))
@@ -193,6 +191,7 @@ def layernorm_forward(
         >>> print(out.round(3))
         [[-1.  1.]]
     """
+    x = _as_matrix(x)
     columns = jnp.atleast_2d(gamma).T, jnp.atleast_2d(beta).T
     out, cache, _ = batchnorm_forward(x.T, *columns, {**ln_param, "mode": "train", "axis": 1})
     return out.T, cache
@@ -220,6 +219,12 @@ def layernorm_backward(dout: Array, cache: Cache | None) -> tuple[Array, Array, 
     """
     dx, dgamma, dbeta = batchnorm_backward_alt(dout.T, cache)
     return dx.T, dgamma, dbeta
+
+
+def _as_matrix(x: Array) -> Array:
+    if jnp.ndim(x) != 2:
+        raise ValueError(f"x has shape {jnp.shape(x)}: expected [N, D]")
+    return jnp.asarray(x)
 
 
 def _given(cache: Cache | None) -> Cache:

@@ -106,7 +106,9 @@ class BatchNorm(nn.Module):
             "use_running_average", self.use_running_average, use_running_average
         )
         dtype = self.dtype or x.dtype
-        x, mask, shape = features_last(x.astype(jnp.promote_types(x.dtype, dtype)), self.axis, mask)
+        if self.dtype is not None:  # a wider result is not to be rounded to the input's dtype first
+            x = x.astype(jnp.float64 if dtype == jnp.float64 else statistics_dtype(x))
+        x, mask, shape = features_last(x, self.axis, mask)
 
         scale = self._param("scale", self.scale_init, shape) if self.use_scale else None
         bias = self._param("bias", self.bias_init, shape) if self.use_bias else None
@@ -114,10 +116,11 @@ class BatchNorm(nn.Module):
         mean: Any = self.variable("batch_stats", "mean", jnp.zeros, shape, stats_dtype)
         var: Any = self.variable("batch_stats", "var", jnp.ones, shape, stats_dtype)
         stats = BatchStats(mean.value.ravel(), var.value.ravel())
-        counted = self.momentum is None or self.has_variable("batch_stats", "count")
+        counted = self.has_variable("batch_stats", "count") or (
+            self.momentum is None and self.is_mutable_collection("batch_stats")
+        )
         if counted:
             count: Any = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
-        if self.momentum is None:
             stats = stats._replace(count=count.value)
 
         untrainable = math.prod(x.shape[:-1]) < 2 or len(x) % (self.virtual_batch_size or 1)
@@ -128,7 +131,8 @@ class BatchNorm(nn.Module):
             if not self.is_initializing():
                 mean.value, var.value = updated.mean.reshape(shape), updated.var.reshape(shape)
                 if counted:
-                    count.value = updated.count if self.momentum is None else count.value + 1
+                    batches = len(x) // (self.virtual_batch_size or len(x))
+                    count.value = count.value + batches if updated.count is None else updated.count
         return _features_back(y, self.axis, shape).astype(dtype)
 
     def _param(self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> Array:

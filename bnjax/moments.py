@@ -39,7 +39,7 @@ def statistics_dtype(x: Array) -> jnp.dtype:
         >>> print(statistics_dtype(jnp.zeros(3, jnp.bfloat16)))
         float32
     """
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 def check_sample_count(x: Array, axis_name: str | None = None) -> None:

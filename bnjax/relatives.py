@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
+from numbers import Real
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.core import Tracer
 
 from bnjax.functional import BatchStats, batch_norm_train
-from bnjax.moments import statistics_dtype
 
 Train = Callable[..., tuple[Array, BatchStats]]
 
@@ -28,7 +28,7 @@ def virtual_batches(train: Train, size: int) -> Train:
         A function of the same form.
 
     Raises:
-        ValueError: that function, if `size` does not divide the batch.
+        ValueError: that function, as `train`, or if `size` does not divide the batch.
 
     Example:
         >>> train = virtual_batches(batch_norm_train, 2)
@@ -46,6 +46,7 @@ def virtual_batches(train: Train, size: int) -> Train:
         *,
         mask: Array | None = None,
     ) -> tuple[Array, BatchStats]:
+        _, returned = jax.eval_shape(train, x, scale, bias, stats, mask=mask)
         if size < 1 or len(x) % size:
             raise ValueError(
                 f"virtual_batch_size is {size}: expected a positive number that divides "
@@ -56,8 +57,11 @@ def virtual_batches(train: Train, size: int) -> Train:
             y, stats = train(group[0], scale, bias, stats, mask=group[1])
             return stats, y
 
-        dtype = statistics_dtype(x)
-        stats = stats._replace(mean=stats.mean.astype(dtype), var=stats.var.astype(dtype))
+        if returned.count is None:
+            stats = stats._replace(count=None)
+        elif stats.count is None:
+            stats = stats._replace(count=jnp.zeros((), jnp.int32))
+        stats = jax.tree.map(lambda old, new: old.astype(new.dtype), stats, returned)
         x_groups = x.reshape(-1, size, *x.shape[1:])
         mask_groups = None if mask is None else mask.reshape(-1, size, *mask.shape[1:])
         stats, y = lax.scan(step, stats, (x_groups, mask_groups))
@@ -114,11 +118,11 @@ def batch_renorm_train(
         [0. 2.]
     """
     for name, limit, least in zip(("r_max", "d_max"), limits, (1, 0), strict=True):
-        if not isinstance(limit, Tracer) and not limit >= least:
+        if isinstance(limit, Real) and not limit >= least:
             raise ValueError(f"{name} is {limit}: expected at least {least}")
     train = partial(batch_norm_train, epsilon=epsilon, mask=mask, axis_name=axis_name)
     running = BatchStats(stats.mean, stats.var)
-    _, batch = train(x, None, None, running, momentum=0.0)
+    _, batch = train(x, scale, bias, running, momentum=0.0)
     r_max, d_max = limits
     running_std = jnp.sqrt(stats.var + epsilon)
     r = jnp.clip(jnp.sqrt(batch.var + epsilon) / running_std, 1 / r_max, r_max)

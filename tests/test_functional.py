@@ -11,7 +11,7 @@ from jax.test_util import check_grads
 from reference import batch_norm, relative_error
 
 from bnjax.distributed import make_mesh
-from bnjax.functional import BatchStats, batch_norm_eval, batch_norm_train
+from bnjax.functional import BatchStats, batch_norm_eval, batch_norm_train, fold
 
 
 def fresh_stats(features, dtype=jnp.float32):
@@ -74,7 +74,25 @@ def train_with_mask(x):
     return batch_norm_train(x, None, None, stats, momentum=0.0, mask=mask)
 
 
-JITTED = [jax.jit(train) for train in (train_plainly, train_under_vmap, train_with_mask)]
+def train_on_unequal_devices(x):
+    each = len(x) // 2 + 2
+    padded = jnp.pad(x, ((0, 2 * each - len(x)), (0, 0)), constant_values=jnp.nan)
+    mask = jnp.arange(2 * each) < len(x)
+
+    def train(x, mask):
+        stats = fresh_stats(x.shape[-1])
+        return batch_norm_train(x, None, None, stats, momentum=0.0, mask=mask, axis_name="devices")
+
+    y, stats = jax.vmap(train, axis_name="devices")(
+        padded.reshape(2, each, -1), mask.reshape(2, each)
+    )
+    return y.reshape(2 * each, -1)[: len(x)], BatchStats(stats.mean[1], stats.var[1])
+
+
+JITTED = [
+    jax.jit(train)
+    for train in (train_plainly, train_under_vmap, train_with_mask, train_on_unequal_devices)
+]
 
 
 @pytest.mark.parametrize("train", [train_plainly, *JITTED])
@@ -213,18 +231,137 @@ def test_derivatives_to_second_order_in_both_modes(masked, offset):
     check_grads(run, (x, scale, bias), order=2, modes=["fwd", "rev"], rtol=1e-6, atol=1e-6)
 
 
+def naive(x, scale, bias, mask=None):
+    """Training mode from plain means, for autodiff without a custom rule."""
+    weights = jnp.ones((len(x), 1), x.dtype) if mask is None else mask[:, None].astype(x.dtype)
+    mean = (weights * x).sum(axis=0) / weights.sum()
+    centred = x - mean[None]
+    var = (weights * jnp.square(centred)).sum(axis=0) / weights.sum()
+    y = scale[None] * centred / jnp.sqrt(var + 1e-5)[None] + bias[None]
+    return weights * y, BatchStats(mean, var)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("mask", [None, np.array([1, 0, 1, 1, 1], bool)])
+def test_hessian_is_that_of_plain_autodiff(mask):
+    arguments = [jnp.asarray(normal(s, 1.0, dtype=np.float64)) for s in ((5, 2), 2, 2)]
+    stats = fresh_stats(2, jnp.float64)
+    ours = partial(batch_norm_train, stats=stats, momentum=0.0, mask=mask)
+
+    def loss(train, *arguments):
+        y, (mean, var, _) = train(*arguments)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(mean * jnp.log(var))
+
+    hessians = [
+        jax.jit(jax.hessian(partial(loss, train), argnums=(0, 1, 2)))(*arguments)
+        for train in (ours, partial(naive, mask=mask))
+    ]
+    chex.assert_trees_all_close(*hessians, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.usefixtures("x64")
+def test_checkpoint_leaves_the_gradient():
+    x = jnp.asarray(normal((6, 2), dtype=np.float64))
+
+    def loss(train, x):
+        y, stats = train(x, None, None, fresh_stats(2, jnp.float64))
+        return jnp.sum(jnp.sin(y)) + jnp.sum(stats.var)
+
+    gradients = [
+        jax.grad(partial(loss, train))(x)
+        for train in (batch_norm_train, jax.checkpoint(batch_norm_train))
+    ]
+    np.testing.assert_allclose(*gradients, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_scan_and_vmap_equal_the_loop(momentum):
+    batches = jnp.asarray(normal((4, 6, 3), offset=2.0, dtype=np.float64))
+    count = jnp.array(0, jnp.int32) if momentum is None else None
+    first = fresh_stats(3, jnp.float64)._replace(count=count)
+
+    def step(stats, x):
+        y, stats = batch_norm_train(x, None, None, stats, momentum=momentum)
+        return stats, y
+
+    last, y = jax.lax.scan(step, first, batches)
+    stats, in_turn = first, []
+    for x in batches:
+        stats, result = step(stats, x)
+        in_turn.append(result)
+    chex.assert_trees_all_close((last, y), (stats, jnp.stack(in_turn)), rtol=1e-13)
+
+    apart = [step(first, x) for x in batches]
+    mapped = jax.vmap(step, in_axes=(None, 0))(first, batches)
+    chex.assert_trees_all_close(mapped, jax.tree.map(lambda *a: jnp.stack(a), *apart), rtol=1e-13)
+
+
+def dense(x, kernel):
+    return jax.lax.dot(x, kernel, precision="highest")
+
+
+def convolution(x, kernel):
+    layout = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, ("NHWC", "HWIO", "NHWC"))
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=layout, precision="highest"
+    )
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("missing", [(), (0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)])
+@pytest.mark.parametrize(
+    ("linear", "shape", "kernel_shape"),
+    [(dense, (8, 6), (6, 4)), (convolution, (2, 5, 5, 6), (3, 3, 6, 4))],
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-6), (np.float64, 1e-14)])
+def test_folding_merges_normalization_into_the_linear_layer(
+    linear, shape, kernel_shape, missing, dtype, tolerance
+):
+    x, kernel = jnp.asarray(normal(shape, dtype=dtype)), normal(kernel_shape, seed=1, dtype=dtype)
+    vectors = [jnp.asarray(normal(4, seed=2 + k, dtype=dtype)) for k in range(4)]
+    bias, scale, offset = (None if k in missing else vectors[k] for k in range(3))
+    stats = BatchStats(vectors[3], jnp.array([0.1, 1.0, 2.0, 9.0], dtype))
+
+    def add(y, bias):
+        return y if bias is None else y + jnp.expand_dims(bias, range(y.ndim - 1))
+
+    before = add(linear(x, kernel), bias)
+    expected = batch_norm_eval(before, scale, offset, stats, epsilon=1e-3)
+    folded, folded_bias = fold(jnp.asarray(kernel), bias, scale, offset, stats, epsilon=1e-3)
+    chex.assert_type([folded, folded_bias], dtype)
+    assert relative_error(add(linear(x, folded), folded_bias), expected) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kernel": jnp.ones(3, jnp.float32)}, r"kernel is float32\[3\]: expected floating point"),
+        ({"kernel": jnp.ones((2, 3), jnp.int32)}, r"kernel is int32\[2, 3\]"),
+        ({"bias": jnp.ones(2)}, r"bias has shape \(2,\): kernel of shape \(2, 3\) needs \(3,\)"),
+        ({"scale": jnp.ones((1, 3))}, r"scale has shape \(1, 3\)"),
+        ({"offset": jnp.ones(1)}, r"offset has shape \(1,\)"),
+        ({"stats": fresh_stats(2)}, r"stats.mean has shape \(2,\)"),
+    ],
+)
+def test_what_cannot_be_folded_is_refused(change, message):
+    arguments = {"kernel": jnp.ones((2, 3)), "bias": None, "scale": None, "offset": None}
+    with pytest.raises(ValueError, match=message):
+        fold(**({**arguments, "stats": fresh_stats(3)} | change))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"x": jnp.ones((1, 3))}, r"N = 1 in x of shape \(1, 3\): use a larger batch"),
         ({"x": jnp.ones((0, 3))}, "N = 0"),
-        ({"x": jnp.ones(3)}, r"float32\[3\]: expected floating point"),
+        ({"x": jnp.ones(3, jnp.float32)}, r"float32\[3\]: expected floating point"),
         ({"x": jnp.ones((4, 3), jnp.int32)}, r"int32\[4, 3\]: expected floating point"),
         ({"scale": jnp.ones(2)}, r"scale has shape \(2,\): x of shape \(4, 3\) needs \(3,\)"),
         ({"bias": jnp.ones((1, 3))}, r"bias has shape \(1, 3\)"),
         ({"stats": fresh_stats(4)}, r"stats.mean has shape \(4,\)"),
         ({"mask": jnp.ones(3, bool)}, r"mask has shape \(3,\): .* needs \(4,\)"),
-        ({"mask": jnp.ones(4)}, "mask has dtype float32: expected bool"),
+        ({"mask": jnp.ones(4, jnp.float32)}, "mask has dtype float32: expected bool"),
         ({"ddof": 2}, "ddof is 2: expected 0"),
     ],
 )

@@ -1,9 +1,14 @@
+import re
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from reference import relative_error
 
-from bnjax import initializers, models
+from bnjax import initializers, models, training
 
 KEY = jax.random.key(0)
 
@@ -80,6 +85,74 @@ def test_a_dense_bias_before_normalization_has_no_gradient():
         gradient = jax.grad(loss)(variables["params"])
         assert np.abs(gradient["Dense_0"]["bias"]).max() < 1e-12
         assert np.abs(gradient["Dense_1"]["bias"]).max() > 1e-3
+
+
+def operations(model, variables, x):
+    """How often each primitive occurs in evaluation mode."""
+    program = jax.make_jaxpr(lambda x: model.apply(variables, x, train=False))(x)
+    return Counter(re.findall(r" = (\w+)", str(program)))
+
+
+@pytest.mark.parametrize("name", ["relu", "tanh"])
+@pytest.mark.parametrize("hidden_sizes", [(6,), (6, 5), (6, 5, 4)])
+def test_folding_leaves_the_logits_and_no_normalization(name, hidden_sizes):
+    model = models.MLP(hidden_sizes, 3, activation=models.activation(name))
+    x = normal((40, 7))
+    state = training.create_state(model, optax.adam(0.05), KEY, x)
+    for seed in range(5):
+        batch = training.Batch(2 * normal((16, 7), seed) + 1, jnp.arange(16) % 3)
+        state, _ = training.train_step(state, batch)
+    folded, variables = models.fold_batch_norm(model, state.variables)
+    assert not folded.use_batch_norm
+    assert set(variables) == {"params"}
+    expected = model.apply(state.variables, x, train=False)
+    assert relative_error(folded.apply(variables, x, train=False), expected) < 1e-6
+
+    plain = models.MLP(hidden_sizes, 3, False, models.activation(name))
+    plain_variables = plain.init(KEY, x, train=False)
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, plain_variables)
+    left = operations(folded, variables, x)
+    assert left == operations(plain, plain_variables, x)
+    normalization = {"sqrt", "rsqrt", "div"}
+    assert normalization & set(operations(model, state.variables, x))
+    assert not normalization & set(left)
+
+
+def test_only_batch_normalization_can_be_folded():
+    model = models.MLP((6,), 3, use_batch_norm=False)
+    with pytest.raises(ValueError, match="use_batch_norm=False: there is nothing to fold"):
+        models.fold_batch_norm(model, model.init(KEY, jnp.ones((2, 4)), train=True))
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.2])
+def test_dropout_zeroes_a_share_of_the_features_and_scales_the_rest(rate):
+    model = models.MLP((200,), 200, False, models.activation("sigmoid"), dropout_rate=rate)
+    x = normal((100, 5))
+    variables = model.init(KEY, x, train=True)
+    identity = {"kernel": jnp.eye(200), "bias": jnp.zeros(200)}
+    variables["params"]["Dense_1"] = identity
+
+    def train(seed):
+        rngs = {"dropout": jax.random.key(seed)}
+        return model.apply(variables, x, train=True, rngs=rngs, return_features=True)
+
+    dropped, (features,) = train(0)
+    kept = dropped != 0
+    assert abs(kept.mean() - (1 - rate)) < 0.02
+    np.testing.assert_allclose(dropped[kept], features[kept] / (1 - rate), rtol=1e-6)
+    assert abs(dropped.mean() / features.mean() - 1) < 0.02
+    np.testing.assert_array_equal(train(0)[0], dropped)
+    assert (train(1)[0] != dropped).any()
+
+    evaluated, (same_features,) = model.apply(variables, x, train=False, return_features=True)
+    np.testing.assert_array_equal(features, same_features)
+    np.testing.assert_allclose(evaluated, features, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, np.nan])
+def test_a_dropout_rate_outside_its_range_is_refused(rate):
+    with pytest.raises(ValueError, match=rf"dropout_rate is {rate}: expected in \[0, 1\)"):
+        models.MLP(dropout_rate=rate).init(KEY, jnp.ones((2, 4)), train=True)
 
 
 @pytest.mark.parametrize(

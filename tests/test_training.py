@@ -1,6 +1,7 @@
 from functools import partial
 
 import chex
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +21,8 @@ def examples(count, seed=0):
     return Batch(images, jnp.asarray(rng.integers(0, 10, count), jnp.int32))
 
 
-def fresh_state(use_batch_norm=True, optimizer=None):
-    model = models.MLP((8,), 10, use_batch_norm)
+def fresh_state(use_batch_norm=True, optimizer=None, dropout_rate=0.0):
+    model = models.MLP((8,), 10, use_batch_norm, dropout_rate=dropout_rate)
     return training.create_state(model, optimizer or optax.sgd(0.1), KEY, examples(2).images)
 
 
@@ -164,6 +165,29 @@ def test_evaluation_is_compiled_once():
     assert evaluate(state, data).loss != first.loss
 
 
+@pytest.mark.parametrize("dropout_rate", [0.0, 0.5])
+def test_key_and_step_decide_what_is_dropped(dropout_rate):
+    state, batch = fresh_state(dropout_rate=dropout_rate), examples(12)
+    other_key = jax.random.key_data(jax.random.key(1))
+    changes = ({}, {}, {"step": state.step + 1}, {"dropout_key": other_key})
+    first, again, *others = (
+        training.train_step(state.replace(**change), batch)[0].params for change in changes
+    )
+    chex.assert_trees_all_equal(first, again)
+    for other in others:
+        same = jnp.array_equal(first["Dense_1"]["kernel"], other["Dense_1"]["kernel"])
+        assert same == (dropout_rate == 0)
+
+
+def test_without_dropout_no_key_is_needed():
+    state, batch = fresh_state(), examples(12)
+    after, _ = training.train_step(state, batch)
+    without_key, _ = training.train_step(state.replace(dropout_key=None), batch)
+    chex.assert_trees_all_equal(without_key.params, after.params)
+    with pytest.raises(flax.errors.InvalidRngError, match="dropout"):
+        training.train_step(fresh_state(dropout_rate=0.5).replace(dropout_key=None), batch)
+
+
 def test_training_reduces_the_loss():
     state, data = fresh_state(optimizer=optax.adam(1e-2)), examples(50)
     before = training.evaluate(state, data).loss
@@ -172,7 +196,9 @@ def test_training_reduces_the_loss():
     assert training.evaluate(state, data).loss < 0.7 * before
 
 
-@pytest.mark.parametrize("images", [np.array([[0, 255]], np.uint8), np.array([[0.0, 1.0]])])
+@pytest.mark.parametrize(
+    "images", [np.array([[0, 255]], np.uint8), np.array([[0.0, 1.0]], np.float32)]
+)
 def test_bytes_become_unit_interval_and_floats_stay(images):
     converted = training.to_float(jnp.asarray(images))
     assert converted.dtype == jnp.float32
