@@ -24,7 +24,7 @@ class Moments(NamedTuple):
     Attributes:
         mean: `[C]`.
         var: `[C]`, biased: divided by the count.
-        count: `[]` number of samples, floating point.
+        count: `[]` or `[C]`, number of samples, floating point.
     """
 
     mean: Array
@@ -140,10 +140,10 @@ def merge(a: Moments, b: Moments) -> Moments:
         [2.] [1.] 2.0
     """
     count = a.count + b.count
-    weight = b.count / jnp.maximum(count, 1)
+    weight = b.count / (count + (count == 0))
     difference = b.mean - a.mean
     mean = a.mean + difference * weight
-    var = (1 - weight) * a.var + weight * b.var + jnp.square(difference) * (weight * (1 - weight))
+    var = (1 - weight) * a.var + weight * b.var + difference**2 * (weight * (1 - weight))
     return Moments(mean, var, count)
 
 

@@ -10,7 +10,7 @@ running ones. It works for any module called as `module.apply(variables, x, trai
 are `bnjax.BatchNorm` or `flax.linen.BatchNorm`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial, reduce
 from itertools import islice
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
@@ -27,7 +28,7 @@ from bnjax.training import AnyArray, to_float
 
 Variables = dict[str, Any]
 Path = tuple[str, ...]
-Layers = dict[Path, Moments]
+Calls = tuple[tuple[Moments, Array], ...]
 
 
 class Gap(NamedTuple):
@@ -70,7 +71,8 @@ def estimate(
 
     Raises:
         ValueError: if there is no batch or no batch normalization, a batch has fewer than two
-            samples per feature, or `layer_by_layer` finds `batches` to be readable only once.
+            valid samples per feature, or `layer_by_layer` finds that `batches` can be read only
+            once.
 
     Source: Wu & Johnson (2021), section 3; Chan, Golub & LeVeque (1979) for the merging.
 
@@ -84,7 +86,7 @@ def estimate(
         >>> bool(jnp.allclose(variables["batch_stats"]["BatchNorm_0"]["var"], pre.var(axis=0)))
         True
     """
-    return _replace(module, variables, batches, layer_by_layer, partial(reduce, _merge))
+    return _replace(module, variables, batches, layer_by_layer, partial(reduce, merge))
 
 
 def algorithm_2(
@@ -149,7 +151,7 @@ def _replace(
     variables: Variables,
     batches: Iterable[AnyArray],
     layer_by_layer: bool,
-    combine: Callable[[list[Layers]], Layers],
+    combine: Callable[[list[Moments]], Moments],
 ) -> Variables:
     if layer_by_layer and isinstance(batches, Iterator):
         raise ValueError(
@@ -158,14 +160,15 @@ def _replace(
         )
     passes = (layer_by_layer and _paths(module, variables, batches)) or [None]
     for path in passes:
-        measure = jax.jit(partial(_measure, module, path))
-        found = [measure(variables, images) for images in batches]
+        found = [_measure(module, path, variables, images) for images in batches]
         if not (found and found[0]):
             what = "batch normalization in the module" if found else "batch"
             raise ValueError(f"there is nothing to estimate statistics from: found no {what}")
         stats = flatten_dict(variables["batch_stats"])
-        for layer, moments in combine(found).items():
-            stats[*layer, "mean"], stats[*layer, "var"] = moments.mean, moments.var
+        for layer in found[0]:
+            moments = combine([_exact(*call) for layers in found for call in layers[layer]])
+            for name, value in (("mean", moments.mean), ("var", moments.var)):
+                stats[*layer, name] = jnp.asarray(value, found[0][layer][0][0].mean.dtype)
         variables = {**variables, "batch_stats": unflatten_dict(stats)}
     return variables
 
@@ -187,35 +190,50 @@ def _paths(
     return paths
 
 
+@partial(jax.jit, static_argnums=(0, 1))
 def _measure(
     module: nn.Module, only: Path | None, variables: Variables, images: AnyArray
-) -> Layers:
+) -> dict[Path, Calls]:
     """Moments of what enters each layer, or `only` one, when it normalizes with them."""
 
     def substitute(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         layer = context.module
         if _normalizes(context) and only in (None, layer.path):
-            x, mask, shape = features_last(args[0], layer.axis, kwargs.get("mask"))
-            check_sample_count(x)
-            valid = None if mask is None else mask.reshape(-1, 1)
-            _, moments = centre(
-                x.reshape(-1, x.shape[-1]).astype(statistics_dtype(x)), valid, axis_name=None
-            )
-            layer.put_variable("batch_stats", "mean", moments.mean.reshape(shape))
-            layer.put_variable("batch_stats", "var", moments.var.reshape(shape))
-            layer.put_variable("samples", "count", moments.count)
+            x = args[0] if args else kwargs["x"]
+            moments, rest = _moments(x, layer.axis, kwargs.get("mask"))
+            calls = layer.get_variable("batch_stats", "calls", ())
+            layer.put_variable("batch_stats", "calls", (*calls, (moments, rest)))
+            layer.put_variable("batch_stats", "mean", moments.mean)
+            layer.put_variable("batch_stats", "var", moments.var)
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(substitute):
-        _, found = module.apply(
-            variables, to_float(images), train=False, mutable=["batch_stats", "samples"]
-        )
+        _, found = module.apply(variables, to_float(images), train=False, mutable=["batch_stats"])
     stats = flatten_dict(found.get("batch_stats", {}))
-    counts = flatten_dict(found.get("samples", {}))
-    return {
-        tuple(path): Moments(stats[*path, "mean"], stats[*path, "var"], count)
-        for (*path, _), count in counts.items()
-    }
+    return {path[:-1]: calls for path, calls in stats.items() if path[-1] == "calls"}
+
+
+def _moments(x: Array, axis: int | Sequence[int], mask: Array | None) -> tuple[Moments, Array]:
+    """Moments in the shape of the features, and what rounding left out of the mean."""
+    x, mask, shape = features_last(x, axis, mask)
+    check_sample_count(x)
+    valid = None if mask is None else mask.reshape(-1, 1)
+    rows = x.reshape(-1, x.shape[-1]).astype(statistics_dtype(x))
+    _, moments = centre(rows, valid, None)
+    _, (rest, _, _) = centre(rows - moments.mean[None], valid, None)
+    count = jnp.full_like(rest, moments.count)  # of that shape under nn.scan as well
+    arrays = (a.reshape(shape) for a in (moments.mean, moments.var, count, rest))
+    mean, var, count, rest = arrays
+    return Moments(mean, var, count), rest
+
+
+def _exact(moments: Moments, rest: Array) -> Moments:
+    """Moments in float64, on the host: means of many batches are merged without being rounded."""
+    values: list[Any] = [np.asarray(a, np.float64) for a in (*moments, rest)]
+    mean, var, count, left_out = values
+    if (count < 2).any():
+        raise ValueError("a batch has fewer than 2 valid samples per feature: leave it out")
+    return Moments(mean + left_out, var, count)
 
 
 def _normalizes(context: Any) -> bool:
@@ -224,14 +242,7 @@ def _normalizes(context: Any) -> bool:
     )
 
 
-@jax.jit
-def _merge(a: Layers, b: Layers) -> Layers:
-    return {path: merge(a[path], b[path]) for path in a}
-
-
-def _average(found: list[Layers]) -> Layers:
-    def unbias(moments: Moments) -> Moments:
-        return moments._replace(var=moments.var * (moments.count / (moments.count - 1)))
-
-    unbiased = [{path: unbias(moments) for path, moments in layers.items()} for layers in found]
-    return jax.tree.map(lambda *values: jnp.stack(values).mean(axis=0), *unbiased)
+def _average(batches: list[Moments]) -> Moments:
+    mean: Any = np.mean([batch.mean for batch in batches], axis=0)
+    var: Any = np.mean([b.var * b.count / (b.count - 1) for b in batches], axis=0)
+    return Moments(mean, var, np.sum([batch.count for batch in batches], axis=0))

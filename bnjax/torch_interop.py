@@ -28,8 +28,8 @@ class Entry(NamedTuple):
 def from_torch(state_dict: Mapping[str, Any], model: MLP) -> dict[str, Any]:
     """Variables of `model` from the weights of the same network in PyTorch.
 
-    Layers are matched in their order, whatever their names: the entries of one layer share what
-    stands before the last dot, as in `"0.weight"` or `"features.0.weight"`.
+    Layers are those of `to_torch` by name or, with names of their own, matched in their order: the
+    entries of one layer share what stands before the last dot, as in `"features.0.weight"`.
 
     Args:
         state_dict: `{"0.weight": [out, in], "0.bias": [out], "1.running_mean": [C], ...}` of
@@ -50,7 +50,7 @@ def from_torch(state_dict: Mapping[str, Any], model: MLP) -> dict[str, Any]:
         >>> from_torch(state_dict, model)["params"]["Dense_0"]["kernel"].shape
         (3, 2)
     """
-    given = {key: np.array(value) for key, value in state_dict.items()}
+    given = {key: np.asarray(value).copy() for key, value in state_dict.items()}
     names = list(dict.fromkeys(key.rpartition(".")[0] for key in given))
     expected = _entries((*model.hidden_sizes, model.num_classes), model.use_batch_norm, names)
     keys = [entry.key for entry in expected]
@@ -94,22 +94,28 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
         >>> list(to_torch(variables))[:4]
         ['0.weight', '0.bias', '1.weight', '1.bias']
     """
-    params, stats = variables["params"], variables.get("batch_stats", {})
-    dense = [params[name] for name in params if name.startswith("Dense_")]
-    sizes = [params[f"Dense_{k}"]["kernel"].shape[-1] for k in range(len(dense))]
-    given = flatten_dict({"params": params, "batch_stats": stats})
-    state_dict = {}
-    for key, path, _ in _entries(sizes, bool(stats)):
-        absent = np.zeros((), np.int64) if path[-1] == "count" else None
-        value = given.get(path, absent)
-        if value is None:
-            raise ValueError(f"the variables are not those of an MLP: {'/'.join(path)} is missing")
-        state_dict[key] = np.array(value, np.int64 if path[-1] == "count" else None).T
-    return state_dict
+    given = flatten_dict({name: variables.get(name, {}) for name in ("params", "batch_stats")})
+    layers = {path[1] for path in given}
+    depth = sum(layer.startswith("Dense_") for layer in layers)
+    kernels = [given.get(("params", f"Dense_{k}", "kernel")) for k in range(depth)]
+    sizes = [0 if kernel is None else kernel.shape[-1] for kernel in kernels]
+    use_batch_norm = any(layer.startswith("BatchNorm_") for layer in layers)
+    expected = _entries(sizes, use_batch_norm)
+    for _, path, _ in expected:
+        if path[-1] == "count":
+            given.setdefault(path, 0)
+    wrong = set(given) ^ {path for _, path, _ in expected}
+    if wrong or not depth:
+        told = ", ".join(sorted("/".join(path) for path in wrong)) or "there is no Dense_0"
+        raise ValueError(f"the variables are not those of an MLP; missing or surplus: {told}")
+    return {
+        key: np.array(given[path], np.int64 if path[-1] == "count" else None).T
+        for key, path, _ in expected
+    }
 
 
 def _entries(sizes: Sequence[int], use_batch_norm: bool, names: Sequence[str] = ()) -> list[Entry]:
-    """All entries of an MLP in PyTorch's order; `names` are the layers', if their number fits."""
+    """All entries of an MLP in PyTorch's order; `names` are the layers' own, in their order."""
     step = 3 if use_batch_norm else 2
     layers: dict[str, tuple[str, list[tuple[str, str, str, Shape]]]] = {}
     fan_in = None
@@ -133,11 +139,10 @@ def _entries(sizes: Sequence[int], use_batch_norm: bool, names: Sequence[str] = 
                 ],
             )
         fan_in = size
+    own = len(names) == len(layers) and set(names) != set(layers)
     return [
         Entry(f"{name}.{key}".lstrip("."), (collection, layer, leaf), shape)
-        for name, (layer, entries) in zip(
-            names if len(names) == len(layers) else layers, layers.values(), strict=True
-        )
+        for name, (layer, entries) in zip(names if own else layers, layers.values(), strict=True)
         for key, collection, leaf, shape in entries
     ]
 
