@@ -5,43 +5,98 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+LEVEL = 0.95
+
 
 class Summary(NamedTuple):
-    """Mean and sample standard deviation (None for a single value) of `n` finite values."""
+    """What `n` finite values say about the mean that they come from.
+
+    Attributes:
+        mean: None without values.
+        sd: sample standard deviation (n - 1), None for fewer than two values.
+        interval: 95 % confidence interval of the mean, None for fewer than two values.
+        n: number of finite values.
+    """
 
     mean: float | None
     sd: float | None
+    interval: tuple[float, float] | None
     n: int
 
 
+class Difference(NamedTuple):
+    """What `n` finite differences between two members of a pair say.
+
+    Attributes:
+        mean, sd, interval, n: as in `Summary`, of first minus second.
+        favour: number of pairs whose first member is the better one.
+        ties: number of pairs with equal members.
+        sign_test: two-sided p-value of the sign test: how probable a majority at least as large is
+            if either member of an untied pair were the better one by the toss of a coin. None
+            where all pairs are tied.
+    """
+
+    mean: float | None
+    sd: float | None
+    interval: tuple[float, float] | None
+    n: int
+    favour: int
+    ties: int
+    sign_test: float | None
+
+
 def summarize(values: ArrayLike) -> Summary:
-    """Mean and sample standard deviation (n - 1) of the finite values.
+    """Mean, standard deviation and Student's interval, mean ± t(n - 1) sd / sqrt(n), of a sample.
 
     Args:
-        values: `[R]`, one value per replicate.
+        values: `[R]`, one value per replicate; those that are not finite are left out.
 
     Example:
-        >>> summarize([1.0, 3.0, float("nan")])
-        Summary(mean=2.0, sd=1.4142135623730951, n=2)
+        >>> summary = summarize([1.0, 3.0, float("nan")])
+        >>> summary.mean, [round(bound, 3) for bound in summary.interval], summary.n
+        (2.0, [-10.706, 14.706], 2)
     """
-    finite = np.asarray(values, np.float64)
-    finite = finite[np.isfinite(finite)]
-    return Summary(
-        mean=float(finite.mean()) if len(finite) else None,
-        sd=float(finite.std(ddof=1)) if len(finite) > 1 else None,
-        n=len(finite),
-    )
+    finite = _finite(values)
+    n = len(finite)
+    if n < 2:
+        return Summary(float(finite[0]) if n else None, None, None, n)
+    from scipy.special import stdtrit  # a fifth of a second, at the end of a run
+
+    mean, sd = float(finite.mean()), float(finite.std(ddof=1))
+    half = float(stdtrit(n - 1, (1 + LEVEL) / 2)) * sd / n**0.5
+    return Summary(mean, sd, (mean - half, mean + half), n)
 
 
-def paired_difference(first: ArrayLike, second: ArrayLike) -> Summary:
-    """Summary of `first - second`, replicate by replicate.
+def paired_difference(
+    first: ArrayLike, second: ArrayLike, *, lower_is_better: bool = False
+) -> Difference:
+    """What `first - second`, replicate by replicate, says about which is better.
 
     Args:
         first: `[R]`.
         second: `[R]`, in the same order.
+        lower_is_better: as of a loss.
+
+    Source: the sign test is Arbuthnot's (1710); interval and test are those of
+    `scipy.stats.ttest_1samp` and `scipy.stats.binomtest`.
 
     Example:
-        >>> paired_difference([3.0, 5.0], [1.0, 1.0]).mean
-        3.0
+        >>> paired_difference([3.0, 5.0, 4.0], [1.0, 1.0, 4.0])[3:]
+        (3, 2, 1, 0.5)
     """
-    return summarize(np.asarray(first, np.float64) - np.asarray(second, np.float64))
+    with np.errstate(invalid="ignore"):  # infinity minus infinity is left out
+        difference = _finite(np.subtract(first, second, dtype=np.float64))
+    favour = int(np.sum(difference < 0 if lower_is_better else difference > 0))
+    ties = int(np.sum(difference == 0))
+    untied = len(difference) - ties
+    sign_test = None
+    if untied:
+        from scipy.special import bdtr
+
+        sign_test = min(1.0, 2 * float(bdtr(min(favour, untied - favour), untied, 0.5)))
+    return Difference(*summarize(difference), favour, ties, sign_test)
+
+
+def _finite(values: ArrayLike) -> np.ndarray:
+    finite = np.asarray(values, np.float64)
+    return finite[np.isfinite(finite)]

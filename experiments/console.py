@@ -1,18 +1,20 @@
 """What a run shows while it trains: a line per epoch, and a progress bar on a terminal."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+import numpy as np
+from rich.box import SIMPLE
+from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bnjax.statistics import summarize
 from experiments.presets import Experiment
-from experiments.runs import ARMS
+from experiments.runs import ARMS, curves
 
 TITLES = {"bn": "with batch normalization", "no_bn": "without"}
+ONE_REPLICATE = "One replicate: no interval can be given; --replicates 8 would give one."
 SHOWN = {"train_cost": "train cost", "test_loss": "test loss", "test_accuracy": "test acc."}
 
 
@@ -58,10 +60,8 @@ class EpochLines:
     def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Shows one epoch, given its lines of `metrics.jsonl`."""
         epoch, seconds = lines[0]["epoch"], lines[0]["seconds"]
-        means = {
-            arm: [_mean(line[metric] for line in lines if line["arm"] == arm) for metric in SHOWN]
-            for arm in ARMS
-        }
+        by_arm = curves(lines)
+        means = {arm: [_mean(by_arm[arm][metric][-1]) for metric in SHOWN] for arm in ARMS}
         sides = "  ".join(
             f"{_ten_wide(cost)}{_ten_wide(loss)}{100 * accuracy:8.2f} %"
             for cost, loss, accuracy in means.values()
@@ -74,9 +74,9 @@ class EpochLines:
         print_plain(self._console, line)
 
 
-def _mean(values: Iterable[float]) -> float:
-    mean = summarize(list(values)).mean
-    return float("nan") if mean is None else mean
+def _mean(values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else float("nan")
 
 
 def _ten_wide(value: float) -> str:
@@ -88,22 +88,28 @@ def print_plain(console: Console, line: str, style: str | None = None) -> None:
     console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def closing_table(summary: Mapping[str, Any]) -> Table:
-    """The final metrics of both arms and their difference, from `summary.json`."""
-    replicates = summary["replicates"]
+def closing_table(summary: Mapping[str, Any]) -> Group:
+    """The final metrics of both arms and their paired difference, from `summary.json`."""
+    several = summary["replicates"] > 1
     title = f"After {summary['epochs']} epoch{'s' * (summary['epochs'] > 1)}"
-    table = Table(title=title if replicates == 1 else f"{title}, {replicates} replicates")
+    if several:
+        title += f", {summary['replicates']} replicates"
+    final = _table(title, *TITLES.values(), *([] if several else ["difference"]))
+    paired = _table("Difference, accuracies in points", "", "95 % interval", "BN wins", "p (sign)")
+    for metric, difference in summary["paired_differences"].items():
+        name = metric.replace("_", " ")
+        arms = [format_summary(metric, summary["arms"][arm][metric]) for arm in ARMS]
+        told = format_summary(metric, difference, difference=True)
+        final.add_row(name, *arms, *([] if several else [told]))
+        paired.add_row(name, told.removesuffix(" points"), *format_certainty(metric, difference))
+    return Group(final, paired if several else ONE_REPLICATE)
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
     table.add_column("")
-    for heading in (*(TITLES[arm] for arm in ARMS), "difference"):
+    for heading in headings:
         table.add_column(heading, justify="right")
-    for metric in summary["paired_differences"]:
-        cells = [summary["arms"][arm][metric] for arm in ARMS]
-        difference = summary["paired_differences"][metric]
-        table.add_row(
-            metric.replace("_", " "),
-            *(format_summary(metric, cell) for cell in cells),
-            format_summary(metric, difference, difference=True),
-        )
     return table
 
 
@@ -111,10 +117,26 @@ def format_summary(metric: str, summary: Mapping[str, Any], difference: bool = F
     """`mean ± sd` of a metric or of its difference; accuracies in percent and in points."""
     if summary["mean"] is None:
         return "not finite"
-    scale, digits, unit = 1, 4, ""
-    if metric.endswith("accuracy"):
-        scale, digits, unit = 100, 2, " points" if difference else " %"
+    scale, digits, unit = _unit(metric, difference)
     text = f"{scale * summary['mean']:{'+' if difference else ''}.{digits}f}"
     if summary["sd"] is not None:
         text += f" ± {scale * summary['sd']:.{digits}f}"
     return text + unit
+
+
+def format_certainty(metric: str, difference: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The interval, how many replicates favour BN, and the sign test, of a paired difference."""
+    scale, digits, _ = _unit(metric, difference=True)
+    interval, sign_test = "none", "none"
+    if difference["interval"] is not None:
+        low, high = (f"{scale * bound:+.{digits}f}" for bound in difference["interval"])
+        interval = f"{low} to {high}"
+    if difference["sign_test"] is not None:
+        sign_test = f"{difference['sign_test']:.2g}"
+    return interval, f"{difference['favour']} of {difference['n']}", sign_test
+
+
+def _unit(metric: str, difference: bool) -> tuple[int, int, str]:
+    if metric.endswith("accuracy"):
+        return 100, 2, " points" if difference else " %"
+    return 1, 4, ""

@@ -172,9 +172,13 @@ def truncate_metrics(path: Path, epochs: int) -> None:
 
 def _finite(line: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        key: None if isinstance(value, float) and not _is_finite(value) else value
         for key, value in line.items()
     }
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, np.ndarray]]:
@@ -189,8 +193,8 @@ def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, np.ndarray
         arm: {metric: np.full((epochs, replicates), np.nan) for metric in METRICS} for arm in ARMS
     }
     for line in lines:
-        for metric in METRICS:
-            if line["train_cost"] is not None and line["test_loss"] is not None:
+        if all(_is_finite(line[metric]) for metric in ("train_cost", "test_loss")):
+            for metric in METRICS:
                 place = line["epoch"] - 1, line["replicate"]
                 result[line["arm"]][metric][place] = line[metric]
     return result
@@ -213,7 +217,9 @@ def summarize(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             for arm, all_ in final.items()
         },
         "paired_differences": {
-            metric: statistics.paired_difference(first[metric], second[metric])._asdict()
+            metric: statistics.paired_difference(
+                first[metric], second[metric], lower_is_better=not metric.endswith("accuracy")
+            )._asdict()
             for metric in METRICS
         },
     }

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from bnjax import statistics
 from experiments import console, report, runs
 from experiments.presets import Boostcourse, Deep10, Lab10
 from experiments.report import figures
@@ -179,17 +180,20 @@ class TestSummary:
         assert (summary["epochs"], summary["replicates"]) == (2, 3)
 
     def test_mean_and_sd_are_over_finite_replicates(self, summary):
-        assert summary["arms"]["bn"]["test_loss"] == pytest.approx(
-            {"mean": 7 / 3, "sd": math.sqrt(7 / 3), "n": 3}
-        )
-        assert summary["arms"]["no_bn"]["test_loss"] == pytest.approx(
-            {"mean": 1.0, "sd": math.sqrt(0.5), "n": 2}
-        )
+        found = {arm: summary["arms"][arm]["test_loss"] for arm in runs.ARMS}
+        for arm, values in {"bn": [1.0, 2.0, 4.0], "no_bn": [0.5, 1.5]}.items():
+            assert found[arm] == statistics.summarize(values)._asdict()
 
     def test_differences_are_paired(self, summary):
-        assert summary["paired_differences"]["test_loss"] == pytest.approx(
-            {"mean": 1.5, "sd": math.sqrt(2.0), "n": 2}
-        )
+        found = summary["paired_differences"]["test_loss"]
+        assert found == statistics.paired_difference([0.5, 2.5], [0, 0])._asdict() | {"favour": 0}
+
+    @pytest.mark.parametrize("metric", runs.METRICS)
+    def test_lower_losses_and_higher_accuracies_favour_normalization(self, metric):
+        values = {"bn": 0.1, "no_bn": 0.0}
+        lines = [line(1, arm, r, **{metric: values[arm]}) for arm in runs.ARMS for r in range(2)]
+        difference = runs.summarize(lines)["paired_differences"][metric]
+        assert difference["favour"] == (2 if metric.endswith("accuracy") else 0)
 
     def test_one_replicate_has_no_sd(self):
         summary = runs.summarize(metrics(epochs=1, replicates=1))
@@ -254,6 +258,27 @@ class TestConsole:
             row = next(row for row in text.splitlines() if metric.replace("_", " ") in row)
             for arm in runs.ARMS:
                 assert console.format_summary(metric, summary["arms"][arm][metric]) in row
+            last = [row for row in text.splitlines() if metric.replace("_", " ") in row][-1]
+            difference = summary["paired_differences"][metric]
+            assert all(told in last for told in console.format_certainty(metric, difference))
+
+    def test_one_replicate_has_no_interval_and_says_so(self):
+        summary = runs.summarize(metrics(epochs=1, replicates=1))
+        text = render(lambda to: to.print(console.closing_table(summary)))
+        assert "no interval can be given" in text
+        assert "95 % interval" not in text
+
+    @pytest.mark.parametrize(
+        ("metric", "difference", "told"),
+        [
+            ("test_loss", ((-0.25, 0.125), 3, 4, 0.625), ("-0.2500 to +0.1250", "3 of 4", "0.62")),
+            ("test_accuracy", ((0.01, 0.02), 8, 8, 0.0078), ("+1.00 to +2.00", "8 of 8", "0.0078")),
+            ("test_loss", (None, 0, 1, None), ("none", "0 of 1", "none")),
+        ],
+    )
+    def test_format_certainty(self, metric, difference, told):
+        keys = ("interval", "favour", "n", "sign_test")
+        assert console.format_certainty(metric, dict(zip(keys, difference, strict=True))) == told
 
     def test_epoch_lines_show_means_over_replicates(self):
         lines = [
@@ -426,7 +451,7 @@ class TestReport:
     @pytest.mark.parametrize("replicates", [1, 3])
     def test_says_what_the_spread_is(self, write, replicates):
         page = write(Lab10(epochs=2), replicates)
-        assert ("One replicate: how much" in page) == (replicates == 1)
+        assert ("One replicate: no interval" in page) == (replicates == 1)
         assert ("Lines are means of 3 replicates" in page) == (replicates == 3)
         assert ("±" in page) == (replicates == 3)
 

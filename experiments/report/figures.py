@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from bnjax.statistics import summarize
 from experiments.runs import ARMS
 
 LABELS = {"bn": "with BN", "no_bn": "without BN"}
@@ -31,7 +32,7 @@ def curves(by_arm: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
 
     Args:
         by_arm: `{arm: {metric: [epochs, replicates]}}`. Several replicates are drawn as their
-            mean within plus and minus one standard deviation.
+            mean within its 95 % confidence interval.
     """
     figure = Figure(figsize=(12, 4), layout="constrained")
     for axes, (metric, title, unit) in zip(figure.subplots(1, 3), PANELS, strict=True):
@@ -55,14 +56,12 @@ def curves(by_arm: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
 
 def _draw_arm(axes: Axes, arm: str, values: np.ndarray) -> None:
     epochs = np.arange(1, len(values) + 1)
-    finite = np.ma.masked_invalid(values)
-    mean = finite.mean(axis=1).filled(np.nan)
-    axes.plot(epochs, mean, label=LABELS[arm], markersize=4, linewidth=1.6, **STYLES[arm])
+    summaries = [summarize(row) for row in values]
+    means = [np.nan if summary.mean is None else summary.mean for summary in summaries]
+    axes.plot(epochs, means, label=LABELS[arm], markersize=4, linewidth=1.6, **STYLES[arm])
     if values.shape[1] > 1:
-        sd = finite.std(axis=1, ddof=1).filled(np.nan)
-        axes.fill_between(
-            epochs, mean - sd, mean + sd, color=STYLES[arm]["color"], alpha=0.15, linewidth=0
-        )
+        bounds = np.array([summary.interval or (np.nan, np.nan) for summary in summaries])
+        axes.fill_between(epochs, *bounds.T, color=STYLES[arm]["color"], alpha=0.2, linewidth=0)
 
 
 def features(image: np.ndarray, label: int, probes: Mapping[str, np.ndarray]) -> Figure:

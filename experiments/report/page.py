@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 
 from experiments import options, runs
-from experiments.console import TITLES, format_summary
+from experiments.console import ONE_REPLICATE, TITLES, format_certainty, format_summary
 from experiments.presets import Experiment
 from experiments.report import figures
 
@@ -43,7 +43,9 @@ def write(path: Path, summary: Mapping[str, Any]) -> None:
         curves=_data_uri(curves_png),
         experiment=experiment,
         features=features_png and _data_uri(features_png),
+        certainty=format_certainty,
         format=format_summary,
+        one_replicate=ONE_REPLICATE,
         summary=summary,
         titles=TITLES,
     )
