@@ -87,26 +87,37 @@ def derive(key: Array, purpose: str, *counters: Array | int) -> Array:
     return key
 
 
-def create_states(lanes: Sequence[Lane], keys: Array, images: AnyArray) -> States:
+def create_states(
+    lanes: Sequence[Lane], keys: Array, images: AnyArray, *, shared_init: bool = False
+) -> States:
     """The initial state of every arm and replicate.
 
     Args:
         lanes: the arms and where they live.
         keys: `[R]`, from `replicate_keys`.
         images: `[N, ...]`, any examples of the right shape.
+        shared_init: draw all arms from one key, so that layers of the same name, shape and
+            initializer start from the same parameters.
     """
+
+    def create(lane: Lane) -> States:
+        return _create(lane.arms, lane.mesh, shared_init, keys, images)
+
     with ThreadPoolExecutor() as pool:
-        return _merge(pool.map(lambda lane: _create(*lane, keys, images), lanes))
+        return _merge(pool.map(create, lanes))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _create(arms: tuple[Arm, ...], mesh: Mesh, keys: Array, images: AnyArray) -> States:
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _create(
+    arms: tuple[Arm, ...], mesh: Mesh, shared_init: bool, keys: Array, images: AnyArray
+) -> States:
     def create(key: Array, images: Array) -> States:
+        init_keys = {
+            arm: derive(key, "init" if shared_init else f"init {arm.name}") for arm in arms
+        }
         return {
-            arm.name: training.create_state(
-                arm.module, arm.optimizer, derive(key, f"init {arm.name}"), images
-            )
-            for arm in arms
+            arm.name: training.create_state(arm.module, arm.optimizer, init_key, images)
+            for arm, init_key in init_keys.items()
         }
 
     return map_replicates(create, mesh, (keys,), (images,))

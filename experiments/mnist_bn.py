@@ -103,7 +103,9 @@ def run(plan: Plan, console: Console, check: Callable[[], None]) -> int:
         {"image": np.asarray(example.images[0]), "label": np.asarray(example.labels[0])},
     )
     keys = paired.replicate_keys(experiment.seed, experiment.replicates)
-    states = paired.create_states(plan.lanes, keys, train.images[:2])
+    states = paired.create_states(
+        plan.lanes, keys, train.images[:2], shared_init=experiment.shared_init
+    )
 
     with checkpoint.Checkpoints(plan.path / "checkpoints") as checkpoints:
         done, states = checkpoints.restore(states)

@@ -66,6 +66,7 @@ def prepare(arguments: Sequence[str], prog: str, description: str, console: Cons
 
     if execution.cache:
         devices.cache_programs(data.cache_directory() / "programs")
+    jax.config.update("jax_default_matmul_precision", experiment.matmul_precision)
     lanes = devices.make_lanes(make_arms(experiment), execution.mesh, experiment.replicates)
     path = execution.resume or out
     path = path or runs.default_path(experiment.preset, dataset.name)
@@ -121,7 +122,8 @@ def make_arms(experiment: Experiment) -> tuple[Arm, ...]:
         )
         return Arm(name, module, optax.adam(experiment.learning_rate))
 
-    return arm("bn", True, experiment.bn_init), arm("no_bn", False, experiment.no_bn_init)
+    no_bn_init = experiment.bn_init if experiment.shared_init else experiment.no_bn_init
+    return arm("bn", True, experiment.bn_init), arm("no_bn", False, no_bn_init)
 
 
 def _check_resumable(before: Experiment, after: Experiment, path: Path) -> None:

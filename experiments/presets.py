@@ -13,6 +13,7 @@ from bnjax.data import Dataset
 from bnjax.names import choose
 
 MAX_SEED = 2**32 - 1
+PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,18 @@ class Experiment:
     no_bn_init: Annotated[str, tyro.conf.arg(metavar="NAME")] = "torch_default"
     """Initial kernels of the network without it."""
 
+    shared_init: bool = False
+    """Start both networks of a replicate from the same Dense layers, those that bn_init draws."""
+
     replicates: int = 1
     """Independent pairs to train, each with its own initial weights and order of the examples."""
 
     seed: int = 0
     """Decides everything random."""
+
+    matmul_precision: Annotated[str, tyro.conf.arg(metavar="|".join(PRECISIONS))] = "float32"
+    """Precision of matrix products of float32 on accelerators. Left to themselves, they would use
+    less (TF32 on NVIDIA's); CPUs always compute in float32."""
 
     source: ClassVar[str] = ""
     published: ClassVar[tuple[str, ...]] = ()
@@ -74,6 +82,7 @@ class Experiment:
         models.activation(self.activation)
         initializers.kernel(self.bn_init)
         initializers.kernel(self.no_bn_init)
+        choose("matmul_precision", self.matmul_precision, PRECISIONS)
         for name in ("epochs", "replicates"):
             _require_at_least(1, name, getattr(self, name))
         _require_at_least(2, "batch_size", self.batch_size, "normalization needs two examples")

@@ -169,3 +169,53 @@ def test_the_feature_probe_shows_what_leaves_each_layer():
     assert list(probe) == ["features_1", "features_2"]
     for ours, expected in zip(probe.values(), features, strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_shared_init_gives_both_arms_the_same_dense_layers():
+    keys = paired.replicate_keys(0, 2)
+    states = paired.create_states(separate_lanes(), keys, examples().images, shared_init=True)
+    shared, own = (states[name].params for name in ("no_bn", "bn"))
+    chex.assert_trees_all_equal(shared, {name: own[name] for name in shared})
+    apart = paired.create_states(separate_lanes(), keys, examples().images)
+    kernels = [apart[name].params["Dense_0"]["kernel"] for name in ("no_bn", "bn")]
+    assert (kernels[0] != kernels[1]).all()
+
+
+def test_replicates_at_once_are_those_one_after_the_other(monkeypatch):
+    one_by_one = run(separate_lanes(), 3)
+    monkeypatch.setattr(distributed, "runs_at_once", lambda mesh: True)
+    jax.clear_caches()
+    at_once = run(separate_lanes(), 3)
+    jax.clear_caches()
+    for side in ("bn", "no_bn"):
+        first, second = (epochs[0].steps[side].loss for epochs in (one_by_one, at_once))
+        np.testing.assert_allclose(first, second, rtol=1e-5)
+
+
+@pytest.fixture
+def x64_everywhere():
+    """float64 in the threads that compile the lanes, too."""
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
+@pytest.mark.usefixtures("x64_everywhere")
+def test_replicates_at_once_are_exact_in_float64(monkeypatch):
+    lanes, keys = separate_lanes(), paired.replicate_keys(0, 3)
+    data = Batch(examples().images / 255, examples().labels)
+    results = []
+    for at_once in (False, True):
+        monkeypatch.setattr(distributed, "runs_at_once", lambda mesh, at_once=at_once: at_once)
+        jax.clear_caches()
+        states = paired.create_states(lanes, keys, data.images)
+        states = jax.tree.map(
+            lambda a: a.astype(np.float64) if a.dtype == np.float32 else a, states
+        )
+        (epoch,) = paired.run(lanes, states, keys, data, data, epochs=range(1, 2), batch_size=8)
+        results.append(epoch._replace(seconds=0.0))
+    jax.clear_caches()
+    assert results[0].steps["bn"].loss.dtype == np.float64
+    for first, second in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(first, second, rtol=1e-9, atol=1e-9)

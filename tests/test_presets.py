@@ -15,12 +15,20 @@ from experiments.options import Execution
 from experiments.plan import make_arms
 from experiments.presets import PRESETS, Boostcourse, Deep10, Experiment, Lab10
 
-EVERYWHERE = {"dataset": "auto", "replicates": 1, "seed": 0, "activation": "relu"}
+EVERYWHERE = {
+    "dataset": "auto",
+    "replicates": 1,
+    "seed": 0,
+    "activation": "relu",
+    "shared_init": False,
+    "matmul_precision": "float32",
+}
 
 CHANGED = [
     {},
     {"epochs": 3, "dataset": "kmnist", "replicates": 5, "seed": 2**32 - 1},
     {"learning_rate": 1e-30, "batch_size": 7},
+    {"shared_init": True, "matmul_precision": "tensorfloat32"},
     {"hidden_sizes": (1,), "num_classes": 10, "activation": "leaky_relu"},
     {"bn_init": "normal(0.05)", "no_bn_init": "he_normal"},
     {"drop_last": True},
@@ -209,6 +217,7 @@ class TestSaving:
         [
             ({"momentum": 0.9}, "this version differ in: momentum"),
             ({"preset": "lab11"}, "did you mean 'lab10'"),
+            ({"matmul_precision": "float23"}, "did you mean 'float32'"),
             ({"epochs": 0}, "epochs is 0"),
         ],
     )
