@@ -56,7 +56,10 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         epochs = self._manager.latest_step()
-        packed = self._manager.restore(epochs, args=ocp.args.StandardRestore(_pack(states)))
+        try:
+            packed = self._manager.restore(epochs, args=ocp.args.StandardRestore(_pack(states)))
+        except (KeyError, TypeError, ValueError):  # other dtypes
+            packed = {"structure": None}
         if packed["structure"] != _structure(states):
             raise CheckpointError(
                 f"{self._directory}: the checkpoint holds other variables than this version of "

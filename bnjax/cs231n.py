@@ -61,7 +61,8 @@ def batchnorm_forward(
         the new `running_mean` and `running_var`.
 
     Raises:
-        ValueError: if the mode is neither "train" nor "test", or `x` is not `[N, D]`.
+        ValueError: if the mode is neither "train" nor "test", `x` is not `[N, D]`, or gamma and
+            beta do not fit it.
 
     Source: CS231n, assignment 2, `layers.py`; Ioffe & Szegedy (2015), algorithm 1.
 
@@ -74,6 +75,8 @@ def batchnorm_forward(
         [3. 7.] [1.]
     """
     x, gamma, beta = _as_matrix(x), jnp.atleast_2d(gamma), jnp.atleast_2d(beta)
+    if {gamma.shape, beta.shape} - {(1, x.shape[1]), (x.shape[0], 1), x.shape}:
+        raise ValueError(f"gamma and beta have shapes {gamma.shape}, {beta.shape}: x has {x.shape}")
     mode, axis = bn_param.get("mode"), bn_param.get("axis", 0)
     eps, momentum = bn_param.get("eps", 1e-5), bn_param.get("momentum", 0.9)
     running_mean = bn_param.get("running_mean", jnp.zeros(x.shape[1], x.dtype))

@@ -5,6 +5,7 @@ Covariate Shift" (2015), algorithm 1, for input `[N, ..., C]`: features last, st
 other axes. How the moments stay accurate stands in `bnjax.moments`.
 """
 
+from numbers import Real
 from typing import NamedTuple
 
 import jax
@@ -53,7 +54,8 @@ def batch_norm_train(
         bias: `[C]`, or None for 0.
         stats: running statistics, each `[C]`.
         momentum: what the running statistics keep of themselves, or None for the average over
-            all batches seen (PyTorch's `momentum=None`); a missing `stats.count` then means 0.
+            all batches seen (PyTorch's `momentum=None`); a missing `stats.count` then means 0,
+            but `lax.scan` needs it to be there from the start.
         epsilon: added to the variance, inside the root.
         ddof: which variance the running one tracks: 0 biased (Flax, Keras, Haiku, CS231n),
             1 unbiased, times n / (n - 1) (PyTorch). `y` always uses the biased one.
@@ -81,11 +83,14 @@ def batch_norm_train(
         >>> print(stats.mean)
         [0.2 2. ]
     """
+    x = jnp.asarray(x)
     _check_arguments("x", x, stats, scale=scale, bias=bias)
     if mask is not None:
         _check_mask(mask, x)
     if ddof not in (0, 1):
         raise ValueError(f"ddof is {ddof}: expected 0 (biased) or 1 (unbiased running variance)")
+    if isinstance(momentum, Real) and not 0 <= momentum <= 1:
+        raise ValueError(f"momentum is {momentum}: expected 0 to 1, or None for the average")
     check_sample_count(x, axis_name)
 
     dtype = statistics_dtype(x)
@@ -135,6 +140,7 @@ def batch_norm_eval(
         >>> print(batch_norm_eval(jnp.array([[6.0]]), None, None, stats, epsilon=0.0))
         [[2.]]
     """
+    x = jnp.asarray(x)
     _check_arguments("x", x, stats, scale=scale, bias=bias)
     dtype = statistics_dtype(x)
     centred = _rows(x, dtype) - stats.mean.astype(dtype)[None]
@@ -180,6 +186,7 @@ def fold(
         >>> print(kernel, bias)
         [[1.]] [-1.5]
     """
+    kernel = jnp.asarray(kernel)
     _check_arguments("kernel", kernel, stats, bias=bias, scale=scale, offset=offset)
     dtype = statistics_dtype(kernel)
     factor = 1 / jnp.sqrt(stats.var.astype(dtype) + epsilon)
@@ -233,7 +240,7 @@ def _update(stats: BatchStats, mean: Array, var: Array, momentum: float | None) 
 
 
 def _check_arguments(name: str, x: Array, stats: BatchStats, **vectors: Array | None) -> None:
-    if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+    if x.ndim < 2 or not x.shape[-1] or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"{name} is {x.dtype}{list(x.shape)}: expected floating point with at least two axes, "
             "the features last"

@@ -21,12 +21,12 @@ class BatchNorm(nn.Module):
     """Batch normalization with the fields and the variables of `flax.linen.BatchNorm`.
 
     Variables: `params` `scale` and `bias`, `batch_stats` `mean` and `var`, each `[C]`. A Flax user
-    changes the import and keeps the checkpoints. What differs: the statistics are accurate at any
-    offset (Flax's default loses all digits near 1e4), a training batch with fewer than two samples
-    per feature is a `ValueError` instead of an output equal to the bias, and `ddof` chooses the
-    variance that is tracked. Without `dtype` the result has the dtype of the input, where Flax
-    promotes it with that of the parameters; float64 input has float64 statistics; a mask says which
-    samples count, never which features.
+    changes the import and keeps the checkpoints. What differs: a batch's statistics are accurate at
+    any offset (Flax's default loses all digits near 1e4), a training batch with fewer than two
+    samples per feature is a `ValueError` instead of an output equal to the bias, and `ddof` chooses
+    the variance that is tracked. Without `dtype` the result has the dtype of the input, where Flax
+    promotes it with that of the parameters; float64 input has float64 statistics, integer and
+    complex input is refused; a mask says which samples count, never which features.
 
     Attributes:
         use_running_average: True normalizes with the running statistics (evaluation), False with
@@ -105,10 +105,14 @@ class BatchNorm(nn.Module):
         use_running_average = merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
+        x = jnp.asarray(x)
         dtype = self.dtype or x.dtype
         if self.dtype is not None:  # a wider result is not to be rounded to the input's dtype first
             x = x.astype(jnp.float64 if dtype == jnp.float64 else statistics_dtype(x))
         x, mask, shape = features_last(x, self.axis, mask)
+        single = x.ndim == 1  # one sample of many that `vmap` maps over
+        if single:
+            x, mask = x[None], None if mask is None else mask[None]
 
         scale = self._param("scale", self.scale_init, shape) if self.use_scale else None
         bias = self._param("bias", self.bias_init, shape) if self.use_bias else None
@@ -133,7 +137,7 @@ class BatchNorm(nn.Module):
                 if counted:
                     batches = len(x) // (self.virtual_batch_size or len(x))
                     count.value = count.value + batches if updated.count is None else updated.count
-        return _features_back(y, self.axis, shape).astype(dtype)
+        return _features_back(y[0] if single else y, self.axis, shape).astype(dtype)
 
     def _param(self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> Array:
         return self.param(name, init, shape, self.param_dtype).ravel()

@@ -29,6 +29,10 @@ def activation(name: str) -> Callable[[Array], Array]:
 
     Raises:
         ValueError: if there is none, with the nearest name.
+
+    Example:
+        >>> print(activation("relu")(-1.0))
+        0.0
     """
     return ACTIVATIONS[choose("activation", name, ACTIVATIONS)]
 
@@ -119,7 +123,9 @@ def fold_batch_norm(model: MLP, variables: dict[str, Any]) -> tuple[MLP, dict[st
         The model with `use_batch_norm=False` and its variables, `{"params": ...}`.
 
     Raises:
-        ValueError: if the model has no batch normalization, or the variables do not fit.
+        ValueError: if the model has no batch normalization, or the variables are not its own.
+
+    Source: as `bnjax.functional.fold`.
 
     Example:
         >>> import jax
@@ -132,9 +138,16 @@ def fold_batch_norm(model: MLP, variables: dict[str, Any]) -> tuple[MLP, dict[st
     """
     if not model.use_batch_norm:
         raise ValueError("the model has use_batch_norm=False: there is nothing to fold")
-    params, stats = variables["params"], variables["batch_stats"]
-    folded = {name: layer for name, layer in params.items() if name.startswith("Dense")}
-    for k in range(len(model.hidden_sizes)):
+    params, stats = variables["params"], variables.get("batch_stats", {})
+    depth = len(model.hidden_sizes)
+    dense_names, norm_names = ({f"{n}_{k}" for k in range(depth)} for n in ("Dense", "BatchNorm"))
+    last = f"Dense_{depth}"
+    wrong = (set(params) ^ {*dense_names, *norm_names, last}) | (set(stats) ^ norm_names)
+    if wrong:
+        told = ", ".join(sorted(wrong))
+        raise ValueError(f"the variables are not those of the model; missing or surplus: {told}")
+    folded = {last: params[last]}
+    for k in range(depth):
         dense, norm = params[f"Dense_{k}"], params[f"BatchNorm_{k}"]
         running = BatchStats(**stats[f"BatchNorm_{k}"])
         kernel, bias = fold(dense["kernel"], dense["bias"], norm["scale"], norm["bias"], running)

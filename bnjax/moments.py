@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 # Rows that are summed one after the other. Rounding errors grow with the square root of the run,
-# so longer sums are split into blocks of this many rows and the blocks' sums are summed again.
+# so longer sums are split into blocks of at most this many rows, whose sums are summed again.
 SUM_BLOCK = 64
 
 
@@ -65,8 +65,8 @@ def check_sample_count(x: Array, axis_name: str | None = None) -> None:
 def centre(x: Array, valid: Array | None, axis_name: str | None) -> tuple[Array, Moments]:
     """Centres `x` over its valid rows, on all devices of `axis_name` together.
 
-    The derivative is written out, because what autodiff makes of the way around the provisional
-    mean takes up to twice the time:
+    The derivative is written out. What autodiff makes of the way around the provisional mean took
+    2 to 32 % more time, forward and backward, on two cores at 65536 x 256 and 100 x 32:
 
         d(x - mean) = dx - d mean,   d mean = E[dx],   d var = 2 E[(x - mean) dx]
 
@@ -160,10 +160,26 @@ def _drop_low_bits(x: Array) -> Array:
 def _sum_rows(x: Array) -> Array:
     """Sums `[N, C]` to `[C]`, block by block."""
     while len(x) > SUM_BLOCK:
-        blocks, rest = divmod(len(x), SUM_BLOCK)
-        sums = x[: blocks * SUM_BLOCK].reshape(blocks, SUM_BLOCK, -1).sum(axis=1)
+        size = _block_size(len(x))
+        if size == 1:
+            break
+        blocks, rest = divmod(len(x), size)
+        sums = x[: blocks * size].reshape(blocks, size, -1).sum(axis=1)
         x = jnp.concatenate([sums, x[-rest:]]) if rest else sums
     return x.sum(axis=0)
+
+
+def _block_size(rows: int) -> int:
+    """Rows per block, such that devices that share the rows evenly share the blocks evenly.
+
+    Otherwise they would have to send each other rows, not only sums. Few rows that cannot be cut so
+    are summed at once (1), many have blocks of any size.
+    """
+    devices = math.gcd(rows, SUM_BLOCK)
+    size = max(s for s in range(1, SUM_BLOCK + 1) if rows % (s * devices) == 0)
+    if size >= SUM_BLOCK // 8:
+        return size
+    return 1 if rows <= 8 * SUM_BLOCK else SUM_BLOCK
 
 
 def _psum(tree: tuple[Array, Array], axis_name: str | None) -> tuple[Array, Array]:

@@ -60,7 +60,8 @@ def estimate(
     Args:
         module: called as `module.apply(variables, x, train=False)`.
         variables: parameters, and `batch_stats` to be replaced.
-        batches: `[N, ...]` images, uint8 in 0..255 or floating point.
+        batches: `[N, ...]` images, uint8 in 0..255 or floating point, or pairs that begin with
+            them. Each is measured on the device, and all are merged on the host.
         layer_by_layer: one pass over the batches for each layer, in which all earlier layers
             already use their population statistics, as they will in evaluation. Otherwise one pass
             in all, in which every layer sees what the batch's own statistics make of the earlier
@@ -130,6 +131,9 @@ def gap(running: Variables, population: Variables, *, epsilon: float = 1e-5) -> 
     Returns:
         A `Gap` of scalars per layer, by its path, as in `"Block_0/BatchNorm_1"`.
 
+    Raises:
+        ValueError: if the layers are not the same.
+
     Example:
         >>> running = {"batch_stats": {"norm": {"mean": jnp.ones(2), "var": 4 * jnp.ones(2)}}}
         >>> population = {"batch_stats": {"norm": {"mean": jnp.zeros(2), "var": jnp.ones(2)}}}
@@ -137,8 +141,12 @@ def gap(running: Variables, population: Variables, *, epsilon: float = 1e-5) -> 
         1.0 1.0
     """
     before, after = (flatten_dict(v["batch_stats"]) for v in (running, population))
+    first, second = ([path[:-1] for path in v if path[-1] == "mean"] for v in (before, after))
+    if set(first) != set(second):
+        wrong = sorted("/".join(path) for path in set(first) ^ set(second))
+        raise ValueError(f"the networks differ in their layers: {', '.join(wrong)}")
     gaps = {}
-    for path in (path[:-1] for path in before if path[-1] == "mean"):
+    for path in first:
         std = jnp.sqrt(after[*path, "var"] + epsilon)
         shift = (before[*path, "mean"] - after[*path, "mean"]) / std
         stretch = jnp.sqrt(before[*path, "var"] + epsilon) / std - 1
@@ -160,7 +168,8 @@ def _replace(
         )
     passes = (layer_by_layer and _paths(module, variables, batches)) or [None]
     for path in passes:
-        found = [_measure(module, path, variables, images) for images in batches]
+        measure = jax.jit(partial(_measure, module, path))
+        found = [measure(variables, _images(batch)) for batch in batches]
         if not (found and found[0]):
             what = "batch normalization in the module" if found else "batch"
             raise ValueError(f"there is nothing to estimate statistics from: found no {what}")
@@ -184,13 +193,16 @@ def _paths(
             paths.append(context.module.path)
         return next_fun(*args, **kwargs)
 
-    for images in islice(batches, 1):
+    for batch in islice(batches, 1):
         with nn.intercept_methods(note):
-            jax.eval_shape(partial(module.apply, train=False), variables, to_float(images))
+            jax.eval_shape(partial(module.apply, train=False), variables, _images(batch))
     return paths
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+def _images(batch: Any) -> AnyArray:
+    return to_float(batch[0] if isinstance(batch, tuple | list) else batch)
+
+
 def _measure(
     module: nn.Module, only: Path | None, variables: Variables, images: AnyArray
 ) -> dict[Path, Calls]:
@@ -208,7 +220,7 @@ def _measure(
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(substitute):
-        _, found = module.apply(variables, to_float(images), train=False, mutable=["batch_stats"])
+        _, found = module.apply(variables, images, train=False, mutable=["batch_stats"])
     stats = flatten_dict(found.get("batch_stats", {}))
     return {path[:-1]: calls for path, calls in stats.items() if path[-1] == "calls"}
 

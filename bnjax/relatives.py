@@ -117,6 +117,8 @@ def batch_renorm_train(
         [-1.  1.]
         [0. 2.]
     """
+    if len(limits) != 2:
+        raise ValueError(f"the limits are {limits}: expected two, r_max and d_max")
     for name, limit, least in zip(("r_max", "d_max"), limits, (1, 0), strict=True):
         if isinstance(limit, Real) and not limit >= least:
             raise ValueError(f"{name} is {limit}: expected at least {least}")

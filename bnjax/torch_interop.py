@@ -6,6 +6,7 @@ calls the scale `weight`; its `num_batches_tracked` is `count` in `batch_stats`,
 tensors are taken too, but PyTorch itself is never imported.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,8 +29,9 @@ class Entry(NamedTuple):
 def from_torch(state_dict: Mapping[str, Any], model: MLP) -> dict[str, Any]:
     """Variables of `model` from the weights of the same network in PyTorch.
 
-    Layers are those of `to_torch` by name or, with names of their own, matched in their order: the
-    entries of one layer share what stands before the last dot, as in `"features.0.weight"`.
+    Layers are matched in the order of their numbers or, if they have none, as they come, whatever
+    their names: the entries of one share what stands before the last dot, as in
+    `"features.0.weight"`.
 
     Args:
         state_dict: `{"0.weight": [out, in], "0.bias": [out], "1.running_mean": [C], ...}` of
@@ -40,7 +42,8 @@ def from_torch(state_dict: Mapping[str, Any], model: MLP) -> dict[str, Any]:
         `{"params": ..., "batch_stats": ...}`, copies as NumPy arrays of the dtypes they came with.
 
     Raises:
-        ValueError: naming all missing and surplus keys and all wrong shapes.
+        ValueError: naming all missing and surplus keys and all wrong shapes, or a value that is no
+            array.
 
     Source: `torch.nn.Linear`, `torch.nn.BatchNorm1d`, section Variables of their documentation.
 
@@ -50,8 +53,11 @@ def from_torch(state_dict: Mapping[str, Any], model: MLP) -> dict[str, Any]:
         >>> from_torch(state_dict, model)["params"]["Dense_0"]["kernel"].shape
         (3, 2)
     """
-    given = {key: np.asarray(value).copy() for key, value in state_dict.items()}
+    given = {key: _to_numpy(key, value) for key, value in state_dict.items()}
     names = list(dict.fromkeys(key.rpartition(".")[0] for key in given))
+    numbered = [re.fullmatch(r"(.*?)(\d+)", name) for name in names]
+    if len({match and match[1] for match in numbered}) == 1 and None not in numbered:
+        names.sort(key=lambda name: int(re.findall(r"\d+", name)[-1]))
     expected = _entries((*model.hidden_sizes, model.num_classes), model.use_batch_norm, names)
     keys = [entry.key for entry in expected]
     problems = {
@@ -87,6 +93,8 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
     Raises:
         ValueError: if the variables are not those of an `MLP`.
+
+    Source: as `from_torch`.
 
     Example:
         >>> import jax
@@ -139,12 +147,22 @@ def _entries(sizes: Sequence[int], use_batch_norm: bool, names: Sequence[str] = 
                 ],
             )
         fan_in = size
-    own = len(names) == len(layers) and set(names) != set(layers)
+    own = len(names) == len(layers)
     return [
         Entry(f"{name}.{key}".lstrip("."), (collection, layer, leaf), shape)
         for name, (layer, entries) in zip(names if own else layers, layers.values(), strict=True)
         for key, collection, leaf, shape in entries
     ]
+
+
+def _to_numpy(key: str, value: Any) -> np.ndarray:
+    try:
+        return np.asarray(value).copy()
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{key} cannot be read as a NumPy array ({error}): pass detached CPU tensors, bfloat16 "
+            "ones as float32"
+        ) from error
 
 
 def _fits(shape: tuple[int, ...], expected: Shape) -> bool:

@@ -53,8 +53,8 @@ class TrainState(train_state.TrainState):
 
     Attributes:
         batch_stats: the running statistics.
-        dropout_key: `[2]` uint32, data of the key that each step folds with its number; None
-            for modules that draw nothing.
+        dropout_key: `[2]` uint32, a threefry key that each step folds with its number; None for
+            modules that draw nothing.
     """
 
     batch_stats: Any
@@ -76,6 +76,12 @@ def create_state(
         optimizer: an optax gradient transformation.
         key: a JAX random key; decides the parameters and what dropout drops.
         images: `[N, ...]`, any examples of the right shape.
+
+    Example:
+        >>> from bnjax.models import MLP
+        >>> state = create_state(MLP((5,), 2), optax.sgd(0.1), jax.random.key(0), jnp.zeros((4, 3)))
+        >>> state.params["Dense_0"]["kernel"].shape
+        (3, 5)
     """
     dropout_key = jax.random.fold_in(key, zlib.crc32(b"dropout"))
     variables = module.init(key, to_float(images), train=True)
@@ -86,12 +92,17 @@ def create_state(
         tx=optimizer,
         opt_state=optimizer.init(variables["params"]),
         batch_stats=variables.get("batch_stats", {}),
-        dropout_key=jax.random.key_data(dropout_key),
+        dropout_key=jax.random.bits(dropout_key, (2,), jnp.uint32),
     )
 
 
 def to_float(images: AnyArray) -> AnyArray:
-    """uint8 in 0..255 becomes float32 in [0, 1], as torchvision's `ToTensor`; floats stay."""
+    """uint8 in 0..255 becomes float32 in [0, 1], as torchvision's `ToTensor`; floats stay.
+
+    Example:
+        >>> print(to_float(np.array([0, 255], np.uint8)))
+        [0. 1.]
+    """
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
@@ -106,11 +117,19 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     Returns:
         The state after the step, with updated running statistics, and the metrics of the forward
         pass that the gradient came from.
+
+    Example:
+        >>> from bnjax.models import MLP
+        >>> batch = Batch(jnp.zeros((4, 3)), jnp.array([0, 1, 0, 1]))
+        >>> state = create_state(MLP((5,), 2), optax.sgd(0.1), jax.random.key(0), batch.images)
+        >>> state, metrics = train_step(state, batch)
+        >>> int(state.step), int(metrics.examples)
+        (1, 4)
     """
 
     rngs = {}
     if state.dropout_key is not None:
-        key = jax.random.wrap_key_data(state.dropout_key)
+        key = jax.random.wrap_key_data(state.dropout_key, impl="threefry2x32")
         rngs["dropout"] = jax.random.fold_in(key, state.step)
 
     def loss_fn(params: Any) -> tuple[Array, tuple[Metrics, Any]]:
@@ -159,6 +178,14 @@ def train_epoch(
 
     Returns:
         The state after the epoch and the metrics of the steps, stacked along the first axis.
+
+    Example:
+        >>> from bnjax.models import MLP
+        >>> batch = Batch(jnp.zeros((4, 3)), jnp.array([0, 1, 0, 1]))
+        >>> state = create_state(MLP((5,), 2), optax.sgd(0.1), jax.random.key(0), batch.images)
+        >>> state, steps = train_epoch(state, batch, jax.random.key(1), batch_size=2)
+        >>> int(state.step), steps.loss.shape
+        (2, (2,))
     """
     count = len(examples.labels)
     steps, rest = divmod(count, batch_size)
@@ -179,6 +206,13 @@ def evaluate(state: TrainState, examples: Batch, *, batch_size: int = 1000) -> M
         state: what to evaluate.
         examples: the whole set, resident on the device.
         batch_size: examples per step. The result does not depend on it but for rounding.
+
+    Example:
+        >>> from bnjax.models import MLP
+        >>> batch = Batch(jnp.zeros((4, 3)), jnp.array([0, 1, 0, 1]))
+        >>> state = create_state(MLP((5,), 2), optax.sgd(0.1), jax.random.key(0), batch.images)
+        >>> int(evaluate(state, batch, batch_size=3).examples)
+        4
     """
     steps, rest = divmod(len(examples.labels), batch_size)
     whole = jax.tree.map(

@@ -8,6 +8,7 @@ of them down; medians are compared, and the spread is the distance of the quarti
 import importlib.util
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class Settings:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints a table, and writes the measurements where they were asked for."""
     settings = tyro.cli(Settings, args=arguments, prog="python -m experiments.benchmark")
+    if settings.json is not None and not settings.json.parent.is_dir():
+        sys.exit(f"error: {settings.json.parent} is no directory: choose another for --json")
     console = Console()
     device = jax.devices()[0]
     sizes: Times = {}

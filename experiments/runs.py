@@ -45,9 +45,7 @@ def check_free(path: Path) -> None:
     """
     try:
         if path.is_dir() and any(path.iterdir()):
-            raise ValueError(
-                f"{path} is not empty: choose another directory for --out, or --resume it"
-            )
+            raise ValueError(f"{path} is not empty: choose another directory for --out")
     except OSError as error:
         raise ValueError(f"{path} cannot be used: {error.strerror}") from error
     if path.exists() and not path.is_dir():

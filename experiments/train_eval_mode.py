@@ -74,10 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             runs.check_free(settings.out.expanduser())
         dataset = load_data(settings.dataset, settings.data_dir, console)
         path = settings.out or runs.default_path("train_eval_mode", dataset.name)
+        path = path.expanduser()
+        path.mkdir(parents=True, exist_ok=True)
         numbers = lesson(dataset, settings.epochs, settings.seed)
         for line in tell(numbers):
             print_plain(console, line)
-        save(path.expanduser(), numbers)
+        save(path, numbers)
         print_plain(console, f"\npicture and numbers: {path}")
     except (ValueError, OSError) as error:
         print_plain(Console(stderr=True), f"error: {error}")
@@ -142,10 +144,9 @@ def tell(numbers: dict[str, Any]) -> Iterator[str]:
 
 
 def save(path: Path, numbers: dict[str, Any]) -> None:
-    """Writes the numbers and the picture into a new directory."""
+    """Writes the numbers and the picture into a directory."""
     from experiments.report import figures  # matplotlib takes a third of a second
 
-    path.mkdir(parents=True, exist_ok=True)
     runs.write_json(path / "numbers.json", numbers)
     figure = figures.train_eval_mode(numbers)
     runs.write_bytes(path / "train_eval_mode.png", figures.to_png(figure))

@@ -269,3 +269,33 @@ def test_bfloat16_under_strict_promotion(dtype):
     y, variables = layer.init_with_output(KEY, normal((8, 3)).astype(jnp.bfloat16))
     assert y.dtype == (dtype or jnp.bfloat16)
     assert variables["batch_stats"]["mean"].dtype == jnp.float32
+
+
+def test_one_sample_at_a_time_under_vmap():
+    x = normal((8, 3), offset=2.0)
+    layer = bnjax.BatchNorm(axis_name="batch")
+    variables = layer.init(KEY, x, use_running_average=True)
+
+    def train(row):
+        return layer.apply(variables, row, use_running_average=False, mutable=["batch_stats"])
+
+    y, updates = jax.vmap(train, axis_name="batch")(x)
+    expected, changed = train_all(layer, variables, x)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    mean = updates["batch_stats"]["mean"][0]
+    np.testing.assert_allclose(mean, changed["batch_stats"]["mean"], rtol=1e-6)
+    evaluate = jax.vmap(lambda row: layer.apply(variables, row, use_running_average=True))
+    np.testing.assert_allclose(evaluate(x), layer.apply(variables, x, use_running_average=True))
+    with pytest.raises(ValueError, match="N = 1"):
+        layer.clone(axis_name=None).apply(variables, x[0], use_running_average=False)
+
+
+def train_all(layer, variables, x):
+    alone = layer.clone(axis_name=None)
+    return alone.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+
+
+def test_numpy_input_of_float64_is_taken_as_jax_takes_it():
+    x = np.random.default_rng(0).normal(size=(8, 3))
+    y, _ = bnjax.BatchNorm(use_running_average=False).init_with_output(KEY, x)
+    assert y.dtype == jnp.asarray(x).dtype

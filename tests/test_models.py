@@ -205,3 +205,19 @@ def test_model_starts_with_pytorch_biases():
 def test_unknown_names_are_refused_with_a_suggestion(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("hidden_sizes", "told"),
+    [((5,), "BatchNorm_1, Dense_2"), ((5, 5, 5), "BatchNorm_2, Dense_3"), ((), "Dense_1")],
+)
+def test_fold_refuses_the_variables_of_another_network(hidden_sizes, told):
+    variables = models.MLP((5, 5), 3).init(KEY, normal((2, 4)), train=True)
+    with pytest.raises(ValueError, match=told):
+        models.fold_batch_norm(models.MLP(hidden_sizes, 3), variables)
+
+
+def test_fold_of_no_hidden_layer_changes_nothing():
+    variables = models.MLP((), 3).init(KEY, normal((2, 4)), train=True)
+    _, folded = models.fold_batch_norm(models.MLP((), 3), variables)
+    assert folded["params"]["Dense_0"] is variables["params"]["Dense_0"]

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from reference import relative_error
 
 from bnjax.moments import Moments, centre, merge
@@ -111,3 +111,24 @@ def test_devices_differentiate_as_one(masked, check_vma):
     assert relative_error(value, expected) < 1e-13
     assert relative_error(slope, jnp.vdot(gradient, dx)) < 1e-13
     assert relative_error(jax.grad(run)(x), gradient) < 1e-13
+
+
+@pytest.mark.parametrize("rows", [1000, 4096, 4160, 65536])
+def test_devices_that_share_a_batch_exchange_sums_alone(rows):
+    if jax.device_count() < 8:
+        pytest.skip("eight devices are needed")
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = jax.device_put(jnp.ones((rows, 4)), NamedSharding(mesh, PartitionSpec("data")))
+    program = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(centre(x, None, None)[0]))))
+    text = program.lower(x).compile().as_text()
+    assert "all-reduce" in text
+    assert "all-gather" not in text
+    assert "collective-permute" not in text
+
+
+@pytest.mark.parametrize("rows", [128, 257, 509, 4097, 8191])
+def test_sums_of_any_length_are_accurate(rows):
+    x = normal((rows, 8), dtype=np.float32) + 1
+    _, moments = centre(jnp.asarray(x), None, None)
+    assert relative_error(moments.mean, x.mean(axis=0, dtype=np.float64)) < 1e-6
+    assert relative_error(moments.var, x.astype(np.float64).var(axis=0)) < 1e-6

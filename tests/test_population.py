@@ -312,3 +312,21 @@ def test_a_mask_that_leaves_one_sample_is_refused():
     variables = model.init(KEY, x, train=True)
     with pytest.raises(ValueError, match="fewer than 2 valid samples"):
         algorithm_2(model, variables, [np.where(mask[:, None], x, np.nan)])
+
+
+def test_pairs_of_images_and_labels_are_taken():
+    batches = drifting(EQUAL, 4, dtype=np.float32)
+    model = MLP((3,), 2)
+    variables = arbitrary(model, batches[0])
+    pairs = [(x, np.zeros(len(x))) for x in batches]
+    chex.assert_trees_all_equal(
+        estimate(model, variables, pairs), estimate(model, variables, batches)
+    )
+
+
+def test_gap_of_other_networks_is_refused():
+    variables = [
+        arbitrary(MLP(sizes, 2), normal((2, 4), dtype=np.float32)) for sizes in ((3,), (3, 3))
+    ]
+    with pytest.raises(ValueError, match="differ in their layers: BatchNorm_1"):
+        gap(*variables)

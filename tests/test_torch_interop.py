@@ -243,3 +243,19 @@ def test_variables_that_are_not_whole_are_refused(change, told):
         to_torch(variables | change)
     with pytest.raises(ValueError, match="there is no Dense_0"):
         to_torch({"params": {}})
+
+
+def test_numbered_layers_behind_a_prefix_are_read_by_their_numbers():
+    model = MLP((4,) * 5, 4, use_batch_norm=False)
+    numbers = (0, 3, 6, 9, 12, 15)
+    state_dict = {f"net.{n}.weight": np.full((4, 4), n, np.float32) for n in numbers}
+    state_dict |= {f"net.{n}.bias": np.zeros(4, np.float32) for n in numbers}
+    params = from_torch(dict(sorted(state_dict.items())), model)["params"]
+    assert [int(params[f"Dense_{k}"]["kernel"][0, 0]) for k in range(6)] == list(numbers)
+
+
+def test_tensors_that_numpy_cannot_hold_are_named(torch):
+    state_dict = fresh_state_dict()
+    state_dict["0.bias"] = torch.zeros(4, requires_grad=True)
+    with pytest.raises(ValueError, match=r"0\.bias cannot be read as a NumPy array"):
+        from_torch(state_dict, MODEL)

@@ -203,3 +203,12 @@ def test_bytes_become_unit_interval_and_floats_stay(images):
     converted = training.to_float(jnp.asarray(images))
     assert converted.dtype == jnp.float32
     np.testing.assert_array_equal(converted, [[0.0, 1.0]])
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_keys_of_any_kind(impl):
+    model = models.MLP((8,), 10, dropout_rate=0.5)
+    batch = examples(8)
+    state = training.create_state(model, optax.sgd(0.1), jax.random.key(0, impl=impl), batch.images)
+    state, metrics = training.train_step(state, batch)
+    assert jnp.isfinite(metrics.loss)

@@ -99,6 +99,7 @@ def train_eval_mode(numbers: Mapping[str, Any]) -> Figure:
         numbers: as its `lesson` returns them.
     """
     dropout, alone, groups = numbers["dropout"], numbers["alone"], numbers["groups"]
+    training, evaluating = "#7b3f98", "#1b7f5c"
     figure = Figure(figsize=(12, 4), layout="constrained")
     calls, twice, company = figure.subplots(1, 3)
     settled = np.eye(10)[dropout["torn_evaluation"]] * sum(dropout["torn_votes"])
@@ -111,8 +112,15 @@ def train_eval_mode(numbers: Mapping[str, Any]) -> Figure:
         ),
         (twice, alone["twice"], alone["evaluation"], "Each test image fed twice"),
     ):
-        axes.bar(range(10), counts, width=0.5, color=STYLES["no_bn"]["color"])
-        axes.bar(range(10), evaluation, width=0.9, fill=False, edgecolor=STYLES["bn"]["color"])
+        axes.bar(range(10), counts, width=0.5, color=training, label="training mode")
+        axes.bar(
+            range(10),
+            evaluation,
+            width=0.9,
+            fill=False,
+            edgecolor=evaluating,
+            label="evaluation mode",
+        )
         axes.set_title(title, loc="left", fontweight="bold")
         axes.set_xticks(range(10))
         axes.set_xlabel("predicted class")
@@ -121,15 +129,15 @@ def train_eval_mode(numbers: Mapping[str, Any]) -> Figure:
     sizes = [str(size) for size in groups["training"]]
     accuracies = [100 * group["accuracy"] for group in groups["training"].values()]
     labels, values = ["1, twice", *sizes], [100 * alone["accuracy"], *accuracies]
-    company.plot(labels, values, label="training mode", **STYLES["no_bn"])
+    company.plot(labels, values, "s--", color=training, label="training mode")
     evaluation = np.full(len(labels), 100 * groups["evaluation"]["accuracy"])
-    company.plot(labels, evaluation, label="evaluation mode", **STYLES["bn"])
+    company.plot(labels, evaluation, "o-", color=evaluating, label="evaluation mode")
     company.set_ylim(0, 105)
     company.set_title("Judged by their company", loc="left", fontweight="bold")
     company.set_xlabel("test images in a batch")
     company.set_ylabel("test accuracy in percent")
-    company.legend(frameon=False, loc="lower right")
     for axes in (calls, twice, company):
+        axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
 
