@@ -1,185 +1,321 @@
-"""Speed beside that of peers, measured in one sitting: `python -m experiments.benchmark --help`.
+"""Speed beside that of peers, measured in one sitting.
 
-So far it times the operation: batch normalization in training mode, forward and backward, compiled,
-without the time of compilation. Contenders take turns, so that a machine that slows down slows all
-of them down; medians are compared, and the spread is the distance of the quartiles.
+    python -m experiments.benchmark --data-dir DIR --json benchmark.json
+
+Four parts: the operation (batch normalization, forward and backward), the paired epoch of the
+preset boostcourse, how its cost grows, and the whole command from its start. Peers take part where
+they are installed: pip install '.[bench]'. Contenders take turns, each in a process of its own;
+medians are compared, and the spread is the distance of the quartiles. It takes some ten minutes.
 """
 
 import importlib.util
+import json
 import math
-import statistics
+import multiprocessing
+import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Annotated, Any, Literal
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
-from jax import Array
 from rich.console import Console
 from rich.table import Table
 
-from bnjax.functional import BatchStats, batch_norm_train
-from experiments import runs
+from experiments import loops, operation, runs
+from experiments.console import print_plain
+from experiments.loops import Job
 
-SIZES = ((100, 32), (256, 512), (4096, 1024), (65536, 256))
-LEAST_SECONDS = 0.05  # a measurement repeats short calls until it lasts this long
-
-Call = Callable[[], Any]
-Times = dict[tuple[int, ...], dict[str, list[float]]]
-Forward = Callable[[Array, Array, Array], tuple[Array, Any]]
+REPLICATES = (1, 2, 8, 32)
+GROWTH: dict[str, tuple[Any, ...]] = {
+    "batch_size": (50, 100, 200, 400),
+    "width": ((16, 16), (32, 32), (128, 128), (512, 512)),
+    "depth": ((32,), (32,) * 2, (32,) * 4, (32,) * 8),
+}
+SHOWN: dict[str, Callable[[Any], int]] = {"batch_size": int, "width": max, "depth": len}
+EPOCHS = 15
+PEERS = {
+    "PyTorch eager": ("torch", loops.pytorch),
+    "PyTorch, DataLoader": ("torch", loops.pytorch_loader),
+    "Flax loop": ("flax", loops.flax),
+    "Keras 3 on JAX": ("keras", loops.keras),
+}
+Part = Literal["operation", "epoch", "growth", "start"]
+Seconds = list[tuple[float, float]]  # of training and of evaluation
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Times batch normalization, forward and backward, in bnjax, Flax and PyTorch."""
+    """What to measure."""
 
-    repeats: int = 15
-    """Measurements of each contender at each size."""
+    parts: tuple[Part, ...] = ("operation", "epoch", "growth", "start")
+    """Which parts to run."""
 
-    json: Path | None = None
-    """File to write all measurements to."""
+    dataset: str = "auto"
+    """auto, mnist, fashion_mnist, kmnist or digits; auto is MNIST where it can be had."""
+
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Where the dataset's IDX files are."""
+
+    repeats: int = 7
+    """Measurements of each contender."""
+
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """File to write all measurements to; a picture appears beside it."""
 
     def __post_init__(self) -> None:
         if self.repeats < 1:
             raise ValueError(f"repeats is {self.repeats}: expected at least 1")
+        if self.json is not None and not self.json.parent.is_dir():
+            raise ValueError(f"{self.json.parent} is no directory: choose another for --json")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures, prints a table, and writes the measurements where they were asked for."""
-    settings = tyro.cli(Settings, args=arguments, prog="python -m experiments.benchmark")
-    if settings.json is not None and not settings.json.parent.is_dir():
-        sys.exit(f"error: {settings.json.parent} is no directory: choose another for --json")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures, prints tables, and writes the measurements where they were asked for."""
+    settings = tyro.cli(
+        Settings, args=arguments, prog="python -m experiments.benchmark", description=__doc__
+    )
     console = Console()
-    device = jax.devices()[0]
-    sizes: Times = {}
-    for shape in SIZES:
-        x, gradient = (_normal(shape, seed) for seed in (0, 1))
-        sizes[shape] = measure(contenders(x, gradient), settings.repeats)
-    console.print(table(sizes))
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            data = _save_data(settings, Path(scratch), console)
+        except ValueError as error:
+            print_plain(Console(stderr=True), f"error: {error}")
+            return 2
+        parts: dict[str, Callable[[], tuple[Any, Table]]] = {
+            "operation": lambda: _operation(settings.repeats),
+            "epoch": lambda: _epoch(data, settings.repeats),
+            "growth": lambda: _growth(data, settings.repeats),
+            "start": lambda: _start(data, settings, Path(scratch)),
+        }
+        found: dict[str, Any] = runs.provenance()
+        for part in settings.parts:
+            found[part], table = parts[part]()
+            console.print(table)
     if settings.json is not None:
-        times = [{"shape": shape, "seconds": seconds} for shape, seconds in sizes.items()]
-        found = {**runs.provenance(), "device_kind": device.device_kind, "operation": times}
+        from experiments.report import figures
+
         runs.write_json(settings.json, found)
+        if "epoch" in found:
+            picture = settings.json.with_suffix(".png")
+            runs.write_bytes(picture, figures.to_png(figures.benchmark(found["epoch"])))
+            print_plain(console, f"picture: {picture}")
+    return 0
 
 
-def measure(calls: Mapping[str, Call], repeats: int) -> dict[str, list[float]]:
-    """Seconds per call, `repeats` times for each contender, in turns.
+def alternate(
+    contenders: Mapping[str, tuple[Callable[[Job], loops.Epoch], Job]], repeats: int
+) -> dict[str, Seconds]:
+    """Seconds per epoch of each contender, `repeats` times in turns.
 
     Args:
-        calls: by contender, a function that returns when its work is done.
+        contenders: by name, what makes the epoch and its job; made in a new process each.
         repeats: how many measurements of each.
+
+    Raises:
+        RuntimeError: if a contender fails, which its own traceback explains.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    number = {name: math.ceil(LEAST_SECONDS / _time(call, 3)) for name, call in calls.items()}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            call()  # wakes its threads, and lets those of the others fall asleep
-            seconds[name].append(_time(call, number[name]))
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    processes = []
+    seconds: dict[str, Seconds] = {name: [] for name in contenders}
+    try:
+        for name, (make, job) in contenders.items():
+            pipes[name], theirs = context.Pipe()
+            processes.append(context.Process(target=_serve, args=(make, job, theirs), daemon=True))
+            processes[-1].start()
+            theirs.close()
+            _receive(name, pipes[name])  # compiled and warm, before the next one starts
+        for _ in range(repeats):
+            for name, pipe in pipes.items():
+                pipe.send(None)
+                seconds[name].append(_receive(name, pipe))
+    finally:
+        for process in processes:
+            process.terminate()
     return seconds
 
 
-def contenders(x: np.ndarray, gradient: np.ndarray) -> dict[str, Call]:
-    """Forward and backward pass by contender, PyTorch among them where it is installed.
+def _serve(make: Callable[[Job], loops.Epoch], job: Job, pipe: Connection) -> None:
+    call = make(job)
+    pipe.send(call())
+    while True:
+        pipe.recv()
+        pipe.send(call())
 
-    Args:
-        x: `[N, C]` float32.
-        gradient: `[N, C]` of the loss with respect to the result.
-    """
-    calls = {
-        "bnjax": _in_jax(_bnjax, x, gradient),
-        "Flax": _in_jax(_flax(use_fast_variance=True), x, gradient),
-        "Flax, two-pass variance": _in_jax(_flax(use_fast_variance=False), x, gradient),
+
+def _receive(name: str, pipe: Connection) -> tuple[float, float]:
+    try:
+        return pipe.recv()
+    except EOFError as error:
+        raise RuntimeError(f"{name} failed") from error
+
+
+def _save_data(settings: Settings, scratch: Path, console: Console) -> str:
+    from experiments.plan import load_data
+
+    dataset = load_data(settings.dataset, settings.data_dir, console)
+    arrays = {
+        f"{part}_{kind}": np.asarray(getattr(dataset, f"{part}_{kind}"))
+        for part in ("train", "test")
+        for kind in ("images", "labels")
     }
+    runs.write_arrays(scratch / "data.npz", arrays)
+    return str(scratch / "data.npz")
+
+
+def _operation(repeats: int) -> tuple[Any, Table]:
+    sizes = operation.run(2 * repeats)
+    return [{"shape": shape, "seconds": s} for shape, s in sizes.items()], operation.table(sizes)
+
+
+def _epoch(data: str, repeats: int) -> tuple[Any, Table]:
+    contenders: dict[str, tuple[Callable[[Job], loops.Epoch], Job]] = {
+        name: (make, Job(data))
+        for name, (module, make) in PEERS.items()
+        if importlib.util.find_spec(module)
+    }
+    contenders |= {f"bnjax, R = {r}": (loops.bnjax, Job(data, replicates=r)) for r in REPLICATES}
+    seconds = alternate(contenders, repeats)
+    replicates = {name: job.replicates for name, (_, job) in contenders.items()}
+    floor = flops_per_epoch(Job(data)) / matmul_rate()
+    rows = {
+        name: {
+            "train": [train / replicates[name] for train, _ in values],
+            "evaluation": [evaluation / replicates[name] for _, evaluation in values],
+        }
+        for name, values in seconds.items()
+    }
+    baseline = "PyTorch eager" if "PyTorch eager" in rows else "Flax loop"
+    table = _table(
+        "Paired epoch of boostcourse, per replicate",
+        *("seconds", "spread", f"ratio to {baseline}", "ratio to floor", "evaluation"),
+    )
+    reference = median(rows[baseline]["train"])
+    for name, row in rows.items():
+        train = median(row["train"])
+        table.add_row(
+            name,
+            f"{train:.3f}",
+            f"{_spread(row['train']):.3f}",
+            f"{train / reference:.3f}",
+            f"{train / floor:.2f}",
+            f"{median(row['evaluation']):.3f}",
+        )
+    table.add_row("floor: its matrix products alone", f"{floor:.3f}")
+    return {"seconds_per_replicate": rows, "floor": floor, "baseline": baseline}, table
+
+
+def flops_per_epoch(job: Job) -> float:
+    """Floating point operations of the matrix products of one paired epoch."""
+    images = np.load(job.data)["train_images"]
+    sizes = (images[0].size, *job.hidden_sizes, job.num_classes)
+    products = [2 * a * b for a, b in pairwise(sizes)]
+    examples = len(images) // job.batch_size * job.batch_size
+    # Forward, gradient of the kernel and, but for the first layer, gradient of the input.
+    return 2 * examples * (3 * sum(products) - products[0])
+
+
+def matmul_rate(size: int = 2048) -> float:
+    """Floating point operations per second of a large float32 product on this machine."""
+    import jax
+    import jax.numpy as jnp
+
+    product = jax.jit(jnp.dot)
+    x = jnp.ones((size, size))
+    times = operation.measure({"": lambda: product(x, x).block_until_ready()}, 7)[""]
+    return 2 * size**3 / median(times)
+
+
+def _growth(data: str, repeats: int) -> tuple[Any, Table]:
+    table = _table("bnjax: one replicate's epoch by", "", "seconds", "spread")
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, values in GROWTH.items():
+        field = "batch_size" if name == "batch_size" else "hidden_sizes"
+        for value in values:
+            job = Job(data)._replace(**{field: value})
+            train = [seconds for seconds, _ in alternate({"": (loops.bnjax, job)}, repeats)[""]]
+            found.setdefault(name, []).append({field: value, "seconds": train})
+            shown = SHOWN[name](value)
+            row = (name.replace("_", " "), f"{shown}")
+            table.add_row(*row, f"{median(train):.3f}", f"{_spread(train):.3f}")
+        table.add_section()
+    return found, table
+
+
+def _start(data: str, settings: Settings, scratch: Path) -> tuple[Any, Table]:
+    ours = [sys.executable, "-m", "experiments.mnist_bn", "--dataset", settings.dataset]
+    if settings.data_dir is not None:
+        ours += ["--data-dir", str(settings.data_dir.expanduser().absolute())]
+    ours += ["--epochs", f"{EPOCHS}", "--out", str(scratch / "run")]
+    commands = {"bnjax, cold": ours, "bnjax, warm": ours}
+    commands["bnjax, 8 replicates"] = [*ours, "--replicates", "8"]
     if importlib.util.find_spec("torch"):
-        calls["PyTorch"] = _in_torch(x, gradient)
-    return calls
+        script = [sys.executable, "-m", "experiments.loops", json.dumps(Job(data)._asdict())]
+        commands["PyTorch script"] = [*script, f"{EPOCHS}"]
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
+    for repeat in range(math.ceil(settings.repeats / 2)):
+        cache = {**os.environ, "XDG_CACHE_HOME": str(scratch / f"cache-{repeat}")}
+        for name, command in commands.items():
+            found[name].append(_watch(command, cache))
+            subprocess.run(["rm", "-rf", str(scratch / "run")], check=True)
+    table = _table(
+        f"The whole command, {EPOCHS} epochs", "first line, s", "all, s", "spread", "memory, GiB"
+    )
+    for name, measured in found.items():
+        first, total, memory = ([m[key] for m in measured] for key in measured[0])
+        table.add_row(
+            name,
+            f"{median(first):.1f}",
+            f"{median(total):.1f}",
+            f"{_spread(total):.1f}",
+            f"{max(memory) / 2**30:.2f}",
+        )
+    return found, table
 
 
-def table(sizes: Times) -> Table:
-    """Median and spread of each contender at each size, and its ratio to Flax."""
-    shown = Table(title="Batch normalization, forward and backward")
-    shown.add_column("float32 input")
-    shown.add_column("")
-    for heading in ("ms", "spread", "ratio to Flax"):
-        shown.add_column(heading, justify="right")
-    for shape, seconds in sizes.items():
-        flax = statistics.median(seconds["Flax"])
-        for name, values in seconds.items():
-            median, (low, high) = statistics.median(values), np.quantile(values, (0.25, 0.75))
-            first = name == next(iter(seconds))
-            shown.add_row(
-                " x ".join(map(str, shape)) if first else "",
-                name,
-                f"{1e3 * median:.3g}",
-                f"{1e3 * (high - low):.2g}",
-                f"{median / flax:.2f}",
-            )
-        shown.add_section()
-    return shown
-
-
-def _bnjax(x: Array, scale: Array, bias: Array) -> tuple[Array, Any]:
-    stats = BatchStats(jnp.zeros(x.shape[-1]), jnp.ones(x.shape[-1]))
-    return batch_norm_train(x, scale, bias, stats)
-
-
-def _flax(use_fast_variance: bool) -> Forward:
-    layer = nn.BatchNorm(use_running_average=False, use_fast_variance=use_fast_variance)
-
-    def forward(x: Array, scale: Array, bias: Array) -> tuple[Array, Any]:
-        stats = {"mean": jnp.zeros(x.shape[-1]), "var": jnp.ones(x.shape[-1])}
-        variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": stats}
-        return layer.apply(variables, x, mutable=["batch_stats"])
-
-    return forward
-
-
-def _in_jax(forward: Forward, x: np.ndarray, gradient: np.ndarray) -> Call:
-    @jax.jit
-    def both(x: Array, scale: Array, bias: Array, gradient: Array) -> Any:
-        y, backward, stats = jax.vjp(forward, x, scale, bias, has_aux=True)
-        return (y, *backward(gradient)), stats
-
-    vectors = jnp.ones(x.shape[-1]), jnp.zeros(x.shape[-1])
-    arrays = jnp.asarray(x), *vectors, jnp.asarray(gradient)
-    return lambda: jax.block_until_ready(both(*arrays))[0]
-
-
-def _in_torch(x: np.ndarray, gradient: np.ndarray) -> Call:
-    import torch
-
-    cuda = jax.devices()[0].platform == "gpu" and torch.cuda.is_available()
-    device = "cuda" if cuda else "cpu"
-    layer = torch.nn.BatchNorm1d(x.shape[-1], device=device)
-    inputs = torch.tensor(x, device=device, requires_grad=True)
-    gradients = torch.tensor(gradient, device=device)
-
-    def both() -> Any:
-        y = layer(inputs)
-        backward = torch.autograd.grad(y, (inputs, layer.weight, layer.bias), gradients)
-        if cuda:
-            torch.cuda.synchronize()
-        return y.detach(), *backward
-
-    return both
-
-
-def _time(call: Call, number: int) -> float:
+def _watch(command: Sequence[str], environment: Mapping[str, str]) -> dict[str, float]:
+    """Seconds until a command's first epoch and its end, and its peak memory in bytes."""
     start = time.perf_counter()
-    for _ in range(number):
-        call()
-    return (time.perf_counter() - start) / number
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    first = math.nan
+    with process.stdout:
+        for line in process.stdout:
+            if line.startswith("1/"):
+                first = time.perf_counter() - start
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if status:
+        raise RuntimeError(f"{' '.join(command)} failed")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "first_epoch": first,
+        "total": time.perf_counter() - start,
+        "peak_memory": float(usage.ru_maxrss * unit),
+    }
 
 
-def _normal(shape: tuple[int, ...], seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title)
+    table.add_column("")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _spread(values: Sequence[float]) -> float:
+    low, high = np.quantile(values, (0.25, 0.75))
+    return float(high - low)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -28,6 +28,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from bnjax import data, download, paired
 from bnjax.errors import DownloadError
 from bnjax.paired import Arm, Lane
+from bnjax.statistics import summarize
 from bnjax.training import Batch
 from experiments import devices, mnist_bn, report, runs
 from experiments.options import Execution
@@ -714,7 +715,7 @@ class TestDivergence:
 
     def test_is_reported(self, diverged):
         summary = json.loads((diverged.path / "summary.json").read_text())
-        assert summary["arms"]["bn"]["train_cost"] == {"mean": None, "sd": None, "n": 0}
+        assert summary["arms"]["bn"]["train_cost"] == summarize([])._asdict()
         assert "not finite" in References((diverged.path / "report.html").read_text()).text
         assert "not finite" in diverged.result.out
 
@@ -775,8 +776,8 @@ class TestStopping:
     def test_anywhere_loses_nothing(self, finished, tmp_path, monkeypatch, module, name, calls):
         original, done = getattr(module, name), []
 
-        def interrupted(*arguments):
-            result = original(*arguments)
+        def interrupted(*arguments, **settings):
+            result = original(*arguments, **settings)
             done.append(result)
             if len(done) == calls:
                 raise KeyboardInterrupt
@@ -811,7 +812,7 @@ class TestStopping:
         assert not (tmp_path / "run" / "summary.json").exists()
 
     def test_hint_can_be_pasted(self, tmp_path, monkeypatch):
-        def interrupted(*_):
+        def interrupted(*_, **settings):
             raise KeyboardInterrupt
 
         monkeypatch.setattr(paired, "create_states", interrupted)

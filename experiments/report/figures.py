@@ -137,8 +137,32 @@ def train_eval_mode(numbers: Mapping[str, Any]) -> Figure:
     company.set_xlabel("test images in a batch")
     company.set_ylabel("test accuracy in percent")
     for axes in (calls, twice, company):
-        axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*calls.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def benchmark(epoch: Mapping[str, Any]) -> Figure:
+    """Seconds per paired epoch and replicate of each contender, as bars on a log scale.
+
+    Args:
+        epoch: the part `epoch` of `experiments.benchmark`.
+    """
+    rows = epoch["seconds_per_replicate"]
+    medians = [float(np.median(row["train"])) for row in rows.values()]
+    colors = [STYLES["bn" if name.startswith("bnjax") else "no_bn"]["color"] for name in rows]
+    figure = Figure(figsize=(8, 0.45 * len(rows) + 1.5), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(list(rows), medians, color=colors)
+    axes.bar_label(bars, fmt="%.3f", padding=3)
+    axes.axvline(epoch["floor"], color="gray", linestyle=":", label="matrix products alone")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlim(0.5 * min(*medians, epoch["floor"]), 2 * max(medians))
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds per paired epoch and replicate, log scale")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
     return figure
 
 

@@ -2,7 +2,7 @@
 
 Each contender trains the network with batch normalization and its twin on the same batches, and
 evaluates both on all training and test examples. It is made in a process of its own, and imports
-nothing that its users would not import: `python -m experiments.contenders JOB EPOCHS` is the whole
+nothing that its users would not import: `python -m experiments.loops JOB EPOCHS` is the whole
 experiment as a PyTorch script.
 """
 
