@@ -70,7 +70,7 @@ class TestPlace:
 
     def test_full(self, tmp_path):
         (tmp_path / "something").touch()
-        with pytest.raises(ValueError, match=r"is not empty.*--resume"):
+        with pytest.raises(ValueError, match="is not empty"):
             runs.check_free(tmp_path)
 
     def test_file(self, tmp_path):
