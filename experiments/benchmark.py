@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,11 +44,19 @@ GROWTH: dict[str, tuple[Any, ...]] = {
 SHOWN: dict[str, Callable[[Any], int]] = {"batch_size": int, "width": max, "depth": len}
 EPOCHS = 15
 PEERS = {
-    "PyTorch eager": ("torch", loops.pytorch),
-    "PyTorch, DataLoader": ("torch", loops.pytorch_loader),
+    "PyTorch": ("torch", loops.pytorch),
+    "PyTorch loader": ("torch", loops.pytorch_loader),
     "Flax loop": ("flax", loops.flax),
-    "Keras 3 on JAX": ("keras", loops.keras),
+    "Keras on JAX": ("keras", loops.keras),
 }
+# Runs a command from a small process: a child's peak memory begins with that of its parent.
+WATCHED = """
+import resource, subprocess, sys
+status = subprocess.run(sys.argv[1:]).returncode
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+print("peak memory", peak * (1 if sys.platform == "darwin" else 1024), flush=True)
+sys.exit(status)
+"""
 Part = Literal["operation", "epoch", "growth", "start"]
 Seconds = list[tuple[float, float]]  # of training and of evaluation
 
@@ -194,10 +203,10 @@ def _epoch(data: str, repeats: int) -> tuple[Any, Table]:
         }
         for name, values in seconds.items()
     }
-    baseline = "PyTorch eager" if "PyTorch eager" in rows else "Flax loop"
+    baseline = "PyTorch" if "PyTorch" in rows else "Flax loop"
     table = _table(
         "Paired epoch of boostcourse, per replicate",
-        *("seconds", "spread", f"ratio to {baseline}", "ratio to floor", "evaluation"),
+        *("seconds", "spread", f"/ {baseline}", "/ products", "evaluation"),
     )
     reference = median(rows[baseline]["train"])
     for name, row in rows.items():
@@ -210,7 +219,7 @@ def _epoch(data: str, repeats: int) -> tuple[Any, Table]:
             f"{train / floor:.2f}",
             f"{median(row['evaluation']):.3f}",
         )
-    table.add_row("floor: its matrix products alone", f"{floor:.3f}")
+    table.add_row("matrix products", f"{floor:.3f}")
     return {"seconds_per_replicate": rows, "floor": floor, "baseline": baseline}, table
 
 
@@ -261,47 +270,45 @@ def _start(data: str, settings: Settings, scratch: Path) -> tuple[Any, Table]:
     if importlib.util.find_spec("torch"):
         script = [sys.executable, "-m", "experiments.loops", json.dumps(Job(data)._asdict())]
         commands["PyTorch script"] = [*script, f"{EPOCHS}"]
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
     for repeat in range(math.ceil(settings.repeats / 2)):
         cache = {**os.environ, "XDG_CACHE_HOME": str(scratch / f"cache-{repeat}")}
         for name, command in commands.items():
             found[name].append(_watch(command, cache))
-            subprocess.run(["rm", "-rf", str(scratch / "run")], check=True)
+            shutil.rmtree(scratch / "run", ignore_errors=True)
     table = _table(
-        f"The whole command, {EPOCHS} epochs", "first line, s", "all, s", "spread", "memory, GiB"
+        f"The whole command, {EPOCHS} epochs: seconds until",
+        *("data loaded", "first epoch shown", "end", "spread", "memory, GiB"),
     )
     for name, measured in found.items():
-        first, total, memory = ([m[key] for m in measured] for key in measured[0])
+        ready, first, total, memory = ([m[key] for m in measured] for key in measured[0])
         table.add_row(
             name,
-            f"{median(first):.1f}",
-            f"{median(total):.1f}",
+            *("-" if None in s else f"{median(s):.1f}" for s in (ready, first, total)),
             f"{_spread(total):.1f}",
             f"{max(memory) / 2**30:.2f}",
         )
     return found, table
 
 
-def _watch(command: Sequence[str], environment: Mapping[str, str]) -> dict[str, float]:
-    """Seconds until a command's first epoch and its end, and its peak memory in bytes."""
+def _watch(command: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
+    """Seconds until a command is ready to train, its first epoch and its end; its peak memory.
+
+    What it does not tell of is None.
+    """
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout is not None
-    first = math.nan
-    with process.stdout:
-        for line in process.stdout:
-            if line.startswith("1/"):
-                first = time.perf_counter() - start
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if status:
+    found: dict[str, Any] = dict.fromkeys(("ready", "first_epoch", "total", "peak_memory"))
+    watched = [sys.executable, "-c", WATCHED, *command]
+    with subprocess.Popen(watched, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        for line in process.stdout or ():
+            for name, beginning in (("ready", "run directory"), ("first_epoch", "1/")):
+                if line.startswith(beginning):
+                    found[name] = time.perf_counter() - start
+            if line.startswith("peak memory"):
+                found["peak_memory"] = float(line.split()[-1])
+    if process.returncode:
         raise RuntimeError(f"{' '.join(command)} failed")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {
-        "first_epoch": first,
-        "total": time.perf_counter() - start,
-        "peak_memory": float(usage.ru_maxrss * unit),
-    }
+    return {**found, "total": time.perf_counter() - start}
 
 
 def _table(title: str, *headings: str) -> Table:
