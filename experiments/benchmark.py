@@ -11,7 +11,6 @@ medians are compared, and the spread is the distance of the quartiles. It takes 
 import importlib.util
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -21,7 +20,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal
@@ -34,6 +32,7 @@ from rich.table import Table
 from experiments import loops, operation, runs
 from experiments.console import print_plain
 from experiments.loops import Job
+from experiments.turns import Make, alternate
 
 REPLICATES = (1, 2, 8, 32)
 GROWTH: dict[str, tuple[Any, ...]] = {
@@ -58,7 +57,6 @@ print("peak memory", peak * (1 if sys.platform == "darwin" else 1024), flush=Tru
 sys.exit(status)
 """
 Part = Literal["operation", "epoch", "growth", "start"]
-Seconds = list[tuple[float, float]]  # of training and of evaluation
 
 
 @dataclass(frozen=True)
@@ -120,54 +118,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def alternate(
-    contenders: Mapping[str, tuple[Callable[[Job], loops.Epoch], Job]], repeats: int
-) -> dict[str, Seconds]:
-    """Seconds per epoch of each contender, `repeats` times in turns.
-
-    Args:
-        contenders: by name, what makes the epoch and its job; made in a new process each.
-        repeats: how many measurements of each.
-
-    Raises:
-        RuntimeError: if a contender fails, which its own traceback explains.
-    """
-    context = multiprocessing.get_context("spawn")
-    pipes: dict[str, Connection] = {}
-    processes = []
-    seconds: dict[str, Seconds] = {name: [] for name in contenders}
-    try:
-        for name, (make, job) in contenders.items():
-            pipes[name], theirs = context.Pipe()
-            processes.append(context.Process(target=_serve, args=(make, job, theirs), daemon=True))
-            processes[-1].start()
-            theirs.close()
-            _receive(name, pipes[name])  # compiled and warm, before the next one starts
-        for _ in range(repeats):
-            for name, pipe in pipes.items():
-                pipe.send(None)
-                seconds[name].append(_receive(name, pipe))
-    finally:
-        for process in processes:
-            process.terminate()
-    return seconds
-
-
-def _serve(make: Callable[[Job], loops.Epoch], job: Job, pipe: Connection) -> None:
-    call = make(job)
-    pipe.send(call())
-    while True:
-        pipe.recv()
-        pipe.send(call())
-
-
-def _receive(name: str, pipe: Connection) -> tuple[float, float]:
-    try:
-        return pipe.recv()
-    except EOFError as error:
-        raise RuntimeError(f"{name} failed") from error
-
-
 def _save_data(settings: Settings, scratch: Path, console: Console) -> str:
     from experiments.plan import load_data
 
@@ -187,7 +137,7 @@ def _operation(repeats: int) -> tuple[Any, Table]:
 
 
 def _epoch(data: str, repeats: int) -> tuple[Any, Table]:
-    contenders: dict[str, tuple[Callable[[Job], loops.Epoch], Job]] = {
+    contenders: dict[str, tuple[Make, Job]] = {
         name: (make, Job(data))
         for name, (module, make) in PEERS.items()
         if importlib.util.find_spec(module)

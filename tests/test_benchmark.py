@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import benchmark, loops, operation
+from experiments import benchmark, loops, operation, turns
 from experiments.loops import Job
 
 
@@ -22,14 +22,14 @@ def job(tmp_path):
 
 
 def test_contenders_take_turns_and_short_calls_are_repeated():
-    turns = []
-    calls = {name: lambda name=name: turns.append(name) for name in ("a", "b")}
+    called = []
+    calls = {name: lambda name=name: called.append(name) for name in ("a", "b")}
     seconds = operation.measure(calls, repeats=3)
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
     assert all(value > 0 for values in seconds.values() for value in values)
-    changes = sum(one != other for one, other in pairwise(turns))
+    changes = sum(one != other for one, other in pairwise(called))
     assert changes == 7  # a and b once to see how long they take, then three rounds
-    assert len(turns) > 1000
+    assert len(called) > 1000
 
 
 def test_table_shows_medians_spread_and_ratios():
@@ -75,7 +75,7 @@ def test_each_contender_has_its_own_process(job):
     contenders = {
         name: (loops.bnjax, job._replace(replicates=r)) for name, r in (("a", 1), ("b", 2))
     }
-    seconds = benchmark.alternate(contenders, repeats=2)
+    seconds = turns.alternate(contenders, repeats=2)
     assert {name: np.shape(values) for name, values in seconds.items()} == {
         "a": (2, 2),
         "b": (2, 2),
@@ -84,7 +84,7 @@ def test_each_contender_has_its_own_process(job):
 
 def test_a_contender_that_fails_is_named(job):
     with pytest.raises(RuntimeError, match="broken failed"):
-        benchmark.alternate({"broken": (loops.bnjax, job._replace(data="nowhere"))}, repeats=1)
+        turns.alternate({"broken": (loops.bnjax, job._replace(data="nowhere"))}, repeats=1)
 
 
 def test_operations_are_those_of_the_matrix_products(job):
