@@ -77,6 +77,9 @@ def paired_difference(
         second: `[R]`, in the same order.
         lower_is_better: as of a loss.
 
+    Raises:
+        ValueError: if they are not equally many.
+
     Source: the sign test is Arbuthnot's (1710); interval and test are those of
     `scipy.stats.ttest_1samp` and `scipy.stats.binomtest`.
 
@@ -84,6 +87,8 @@ def paired_difference(
         >>> paired_difference([3.0, 5.0, 4.0], [1.0, 1.0, 4.0])[3:]
         (3, 2, 1, 0.5)
     """
+    if np.shape(first) != np.shape(second):
+        raise ValueError(f"no pairs: {np.shape(first)} values against {np.shape(second)}")
     with np.errstate(invalid="ignore"):  # infinity minus infinity is left out
         difference = _finite(np.subtract(first, second, dtype=np.float64))
     favour = int(np.sum(difference < 0 if lower_is_better else difference > 0))

@@ -18,6 +18,8 @@ import optax
 from flax.training import train_state
 from jax import Array, lax
 
+from bnjax.moments import statistics_dtype
+
 AnyArray = Array | np.ndarray
 State = TypeVar("State")
 
@@ -190,7 +192,7 @@ def train_epoch(
     count = len(examples.labels)
     steps, rest = divmod(count, batch_size)
     # One sort of random numbers; `jax.random.permutation` sorts twice, for the rare ties.
-    order = jnp.argsort(jax.random.bits(key, (count,)))
+    order = jnp.argsort(jax.random.bits(key, (count,), jnp.uint32))
     batches = order[: steps * batch_size].reshape(steps, batch_size)
     state, metrics = lax.scan(lambda s, index: step(s, _take(examples, index)), state, batches)
     if rest and not drop_last:
@@ -242,11 +244,14 @@ def _cross_entropy(logits: Array, labels: AnyArray) -> Array:
     """`log(sum(exp(logits))) - logits[label]`, `[N]`, in nats.
 
     Picking the logit by comparison, the gradient needs no scatter, which on a CPU takes longer than
-    the matrix product before it.
+    the matrix product before it. A label that is no class makes the loss NaN.
     """
+    classes = logits.shape[1]
+    logits = logits.astype(statistics_dtype(logits))
     shifted = logits - lax.stop_gradient(logits.max(axis=1, keepdims=True))
-    own = jnp.where(jnp.arange(logits.shape[1])[None] == labels[:, None], shifted, 0)
-    return jnp.log(jnp.exp(shifted).sum(axis=1)) - own.sum(axis=1)
+    own = jnp.where(jnp.arange(classes)[None] == labels[:, None], shifted, 0).sum(axis=1)
+    own = jnp.where((labels >= 0) & (labels < classes), own, jnp.nan)
+    return jnp.log(jnp.exp(shifted).sum(axis=1)) - own
 
 
 def _is_first_largest(logits: Array, labels: AnyArray) -> Array:

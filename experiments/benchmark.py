@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -29,6 +30,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from bnjax.data import cache_directory
 from experiments import loops, operation, runs
 from experiments.console import print_plain
 from experiments.loops import Job
@@ -81,8 +83,10 @@ class Settings:
     def __post_init__(self) -> None:
         if self.repeats < 1:
             raise ValueError(f"repeats is {self.repeats}: expected at least 1")
-        if self.json is not None and not self.json.parent.is_dir():
-            raise ValueError(f"{self.json.parent} is no directory: choose another for --json")
+        if self.json is not None and (not self.json.parent.is_dir() or self.json.is_dir()):
+            raise ValueError(f"{self.json} cannot be a file: choose another for --json")
+        if self.json is not None and self.json.suffix == ".png":
+            raise ValueError(f"{self.json} is the name of a picture: choose another for --json")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,6 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Settings, args=arguments, prog="python -m experiments.benchmark", description=__doc__
     )
     console = Console()
+    # All contenders are there at once: none may take a whole accelerator's memory, or use TF32.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "float32")
     with tempfile.TemporaryDirectory() as scratch:
         try:
             data = _save_data(settings, Path(scratch), console)
@@ -107,10 +114,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for part in settings.parts:
             found[part], table = parts[part]()
             console.print(table)
+            if settings.json is not None:
+                runs.write_json(settings.json, found)
     if settings.json is not None:
         from experiments.report import figures
 
-        runs.write_json(settings.json, found)
         if "epoch" in found:
             picture = settings.json.with_suffix(".png")
             runs.write_bytes(picture, figures.to_png(figures.benchmark(found["epoch"])))
@@ -188,7 +196,7 @@ def matmul_rate(size: int = 2048) -> float:
     import jax
     import jax.numpy as jnp
 
-    product = jax.jit(jnp.dot)
+    product = jax.jit(partial(jnp.dot, precision="float32"))
     x = jnp.ones((size, size))
     times = operation.measure({"": lambda: product(x, x).block_until_ready()}, 7)[""]
     return 2 * size**3 / median(times)
@@ -222,7 +230,7 @@ def _start(data: str, settings: Settings, scratch: Path) -> tuple[Any, Table]:
         commands["PyTorch script"] = [*script, f"{EPOCHS}"]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
     for repeat in range(math.ceil(settings.repeats / 2)):
-        cache = {**os.environ, "XDG_CACHE_HOME": str(scratch / f"cache-{repeat}")}
+        cache = {**os.environ, "XDG_CACHE_HOME": str(_cold_cache(scratch / f"cache-{repeat}"))}
         for name, command in commands.items():
             found[name].append(_watch(command, cache))
             shutil.rmtree(scratch / "run", ignore_errors=True)
@@ -239,6 +247,16 @@ def _start(data: str, settings: Settings, scratch: Path) -> tuple[Any, Table]:
             f"{max(memory) / 2**30:.2f}",
         )
     return found, table
+
+
+def _cold_cache(path: Path) -> Path:
+    """A cache with the downloaded data, but without compiled programs."""
+    (path / "bnjax").mkdir(parents=True)
+    kept = cache_directory()
+    for entry in kept.iterdir() if kept.is_dir() else ():
+        if entry.name != "programs":
+            (path / "bnjax" / entry.name).symlink_to(entry.absolute())
+    return path
 
 
 def _watch(command: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:

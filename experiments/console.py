@@ -100,6 +100,11 @@ def closing_table(summary: Mapping[str, Any]) -> Group:
         name = metric.replace("_", " ")
         arms = [format_summary(metric, summary["arms"][arm][metric]) for arm in ARMS]
         told = format_summary(metric, difference, difference=True)
+        counts = [summary["arms"][arm][metric]["n"] for arm in ARMS]
+        arms = [
+            text if n == summary["replicates"] else f"{text} (n = {n})"
+            for text, n in zip(arms, counts, strict=True)
+        ]
         final.add_row(name, *arms, *([] if several else [told]))
         paired.add_row(name, told.removesuffix(" points"), *format_certainty(metric, difference))
     return Group(final, paired if several else ONE_REPLICATE)
@@ -118,9 +123,9 @@ def format_summary(metric: str, summary: Mapping[str, Any], difference: bool = F
     if summary["mean"] is None:
         return "not finite"
     scale, digits, unit = _unit(metric, difference)
-    text = f"{scale * summary['mean']:{'+' if difference else ''}.{digits}f}"
+    text = _number(scale * summary["mean"], digits, "+" if difference else "")
     if summary["sd"] is not None:
-        text += f" ± {scale * summary['sd']:.{digits}f}"
+        text += f" ± {_number(scale * summary['sd'], digits)}"
     return text + unit
 
 
@@ -129,11 +134,15 @@ def format_certainty(metric: str, difference: Mapping[str, Any]) -> tuple[str, s
     scale, digits, _ = _unit(metric, difference=True)
     interval, sign_test = "none", "none"
     if difference["interval"] is not None:
-        low, high = (f"{scale * bound:+.{digits}f}" for bound in difference["interval"])
+        low, high = (_number(scale * bound, digits, "+") for bound in difference["interval"])
         interval = f"{low} to {high}"
     if difference["sign_test"] is not None:
         sign_test = f"{difference['sign_test']:.2g}"
     return interval, f"{difference['favour']} of {difference['n']}", sign_test
+
+
+def _number(value: float, digits: int, sign: str = "") -> str:
+    return f"{value:{sign}.{digits}f}" if abs(value) < 1000 else f"{value:{sign}.3g}"
 
 
 def _unit(metric: str, difference: bool) -> tuple[int, int, str]:

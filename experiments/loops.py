@@ -48,6 +48,7 @@ def bnjax(job: Job) -> Epoch:
     )
     data = np.load(job.data)
     train, test = (Batch(data[f"{p}_images"], data[f"{p}_labels"]) for p in ("train", "test"))
+    jax.config.update("jax_default_matmul_precision", experiment.matmul_precision)
     lanes = devices.make_lanes(plan.make_arms(experiment), "auto", job.replicates)
     keys = paired.replicate_keys(0, job.replicates)
     states = paired.create_states(lanes, keys, train.images[:2])

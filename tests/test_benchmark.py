@@ -123,3 +123,16 @@ def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
 def test_mistakes_are_refused_before_anything_is_measured(arguments):
     with pytest.raises(SystemExit, match="2"):
         benchmark.main(arguments)
+
+
+def test_a_cold_cache_keeps_the_data_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    for name in ("programs", "mnist"):
+        (tmp_path / "user" / "bnjax" / name).mkdir(parents=True)
+    cold = benchmark._cold_cache(tmp_path / "cold")
+    assert [entry.name for entry in (cold / "bnjax").iterdir()] == ["mnist"]
+
+
+def test_a_picture_is_no_place_for_numbers(tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main(["--json", str(tmp_path / "times.png")])

@@ -46,3 +46,8 @@ def test_sign_test_agrees_with_scipy(above, below, ties, lower_is_better):
 def test_nothing_but_ties_or_nothing_at_all_is_no_test():
     assert paired_difference([1.0, 1.0], [1.0, 1.0]) == Difference(0, 0, (0, 0), 2, 0, 2, None)
     assert paired_difference([np.nan], [1.0]) == Difference(None, None, None, 0, 0, 0, None)
+
+
+def test_unequal_numbers_are_no_pairs():
+    with pytest.raises(ValueError, match="no pairs"):
+        paired_difference([1.0, 2.0], [1.0])

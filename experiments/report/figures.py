@@ -61,6 +61,10 @@ def _draw_arm(axes: Axes, arm: str, values: np.ndarray) -> None:
     axes.plot(epochs, means, label=LABELS[arm], markersize=4, linewidth=1.6, **STYLES[arm])
     if values.shape[1] > 1:
         bounds = np.array([summary.interval or (np.nan, np.nan) for summary in summaries])
+        finite = values[np.isfinite(values)]
+        if len(finite):  # an interval of two or three may be wider than all that can be
+            reach = max(np.ptp(finite), 1e-6)
+            bounds = bounds.clip(max(finite.min() - reach, finite.min() / 4), finite.max() + reach)
         axes.fill_between(epochs, *bounds.T, color=STYLES[arm]["color"], alpha=0.2, linewidth=0)
 
 
