@@ -138,7 +138,7 @@ def test_the_key_alone_decides_the_order():
 def test_an_epoch_is_its_steps_one_after_the_other():
     data, state = examples(22), fresh_state(optimizer=optax.adam(1e-2))
     after, metrics = training.train_epoch(state, data, KEY, batch_size=8, drop_last=False)
-    order = np.argsort(jax.random.bits(KEY, (22,)))
+    order = np.argsort(jax.random.bits(KEY, (22,), jnp.uint32))
     losses = []
     for index in (order[:8], order[8:16], order[16:]):
         state, step = training.train_step(state, Batch(data.images[index], data.labels[index]))
