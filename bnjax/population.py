@@ -234,8 +234,7 @@ def _moments(x: Array, axis: int | Sequence[int], mask: Array | None) -> tuple[M
     _, moments = centre(rows, valid, None)
     _, (rest, _, _) = centre(rows - moments.mean[None], valid, None)
     count = jnp.full_like(rest, moments.count)  # of that shape under nn.scan as well
-    arrays = (a.reshape(shape) for a in (moments.mean, moments.var, count, rest))
-    mean, var, count, rest = arrays
+    mean, var, count, rest = (a.reshape(shape) for a in (*moments[:2], count, rest))
     return Moments(mean, var, count), rest
 
 

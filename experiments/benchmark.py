@@ -34,6 +34,7 @@ from bnjax.data import cache_directory
 from experiments import loops, operation, runs
 from experiments.console import print_plain
 from experiments.loops import Job
+from experiments.operation import spread
 from experiments.turns import Make, alternate
 
 REPLICATES = (1, 2, 8, 32)
@@ -116,13 +117,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(table)
             if settings.json is not None:
                 runs.write_json(settings.json, found)
-    if settings.json is not None:
+    if settings.json is not None and "epoch" in found:
         from experiments.report import figures
 
-        if "epoch" in found:
-            picture = settings.json.with_suffix(".png")
-            runs.write_bytes(picture, figures.to_png(figures.benchmark(found["epoch"])))
-            print_plain(console, f"picture: {picture}")
+        picture = settings.json.with_suffix(".png")
+        runs.write_bytes(picture, figures.to_png(figures.benchmark(found["epoch"])))
+        print_plain(console, f"picture: {picture}")
     return 0
 
 
@@ -172,7 +172,7 @@ def _epoch(data: str, repeats: int) -> tuple[Any, Table]:
         table.add_row(
             name,
             f"{train:.3f}",
-            f"{_spread(row['train']):.3f}",
+            f"{spread(row['train']):.3f}",
             f"{train / reference:.3f}",
             f"{train / floor:.2f}",
             f"{median(row['evaluation']):.3f}",
@@ -213,7 +213,7 @@ def _growth(data: str, repeats: int) -> tuple[Any, Table]:
             found.setdefault(name, []).append({field: value, "seconds": train})
             shown = SHOWN[name](value)
             row = (name.replace("_", " "), f"{shown}")
-            table.add_row(*row, f"{median(train):.3f}", f"{_spread(train):.3f}")
+            table.add_row(*row, f"{median(train):.3f}", f"{spread(train):.3f}")
         table.add_section()
     return found, table
 
@@ -243,7 +243,7 @@ def _start(data: str, settings: Settings, scratch: Path) -> tuple[Any, Table]:
         table.add_row(
             name,
             *("-" if None in s else f"{median(s):.1f}" for s in (ready, first, total)),
-            f"{_spread(total):.1f}",
+            f"{spread(total):.1f}",
             f"{max(memory) / 2**30:.2f}",
         )
     return found, table
@@ -285,11 +285,6 @@ def _table(title: str, *headings: str) -> Table:
     for heading in headings:
         table.add_column(heading, justify="right")
     return table
-
-
-def _spread(values: Sequence[float]) -> float:
-    low, high = np.quantile(values, (0.25, 0.75))
-    return float(high - low)
 
 
 if __name__ == "__main__":

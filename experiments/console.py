@@ -80,7 +80,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _ten_wide(value: float) -> str:
-    return f"{value:10.4f}" if abs(value) < 1000 else f"{value:10.3g}"
+    return f"{_number(value, 4):>10}"
 
 
 def print_plain(console: Console, line: str, style: str | None = None) -> None:

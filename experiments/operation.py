@@ -8,7 +8,7 @@ import importlib.util
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -80,17 +80,23 @@ def table(sizes: Times) -> Table:
     for shape, seconds in sizes.items():
         flax = statistics.median(seconds["Flax"])
         for name, values in seconds.items():
-            median, (low, high) = statistics.median(values), np.quantile(values, (0.25, 0.75))
+            median = statistics.median(values)
             first = name == next(iter(seconds))
             shown.add_row(
                 " x ".join(map(str, shape)) if first else "",
                 name,
                 f"{1e3 * median:.3g}",
-                f"{1e3 * (high - low):.2g}",
+                f"{1e3 * spread(values):.2g}",
                 f"{median / flax:.2f}",
             )
         shown.add_section()
     return shown
+
+
+def spread(values: Sequence[float]) -> float:
+    """The distance of the quartiles."""
+    low, high = np.quantile(values, (0.25, 0.75))
+    return float(high - low)
 
 
 def _bnjax(x: Array, scale: Array, bias: Array) -> tuple[Array, Any]:
