@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -22,6 +23,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": nn.silu,
     "softplus": nn.softplus,
 }
+
+TORCH_BATCH_NORM = partial(BatchNorm, momentum=0.9, ddof=1)
+"""Batch normalization with the conventions of PyTorch's `nn.BatchNorm1d`."""
 
 
 def activation(name: str) -> Callable[[Array], Array]:
@@ -53,6 +57,7 @@ class MLP(nn.Module):
         kernel_init: initializer of all kernels.
         dropout_rate: share of the features of each hidden layer that training sets to 0, scaling
             the others by 1 / (1 - rate); below 1.
+        batch_norm: makes the normalization of a layer, as `bnjax.BatchNorm` does.
 
     Example:
         >>> import jax
@@ -69,6 +74,7 @@ class MLP(nn.Module):
     activation: Callable[[Array], Array] = nn.relu
     kernel_init: nn.initializers.Initializer = initializers.torch_default
     dropout_rate: float = 0.0
+    batch_norm: Callable[..., nn.Module] = TORCH_BATCH_NORM
 
     @nn.compact
     def __call__(
@@ -98,7 +104,7 @@ class MLP(nn.Module):
         for size in self.hidden_sizes:
             x = self._dense(size, x)
             if self.use_batch_norm:
-                x = BatchNorm(use_running_average=not train, momentum=0.9, ddof=1)(x)
+                x = self.batch_norm(use_running_average=not train)(x)
             x = self.activation(x)
             features.append(x)
             x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)

@@ -235,16 +235,27 @@ def _take(examples: Batch, index: Array) -> Batch:
 
 def _metrics(logits: Array, labels: AnyArray) -> Metrics:
     chex.assert_rank([logits, labels], [2, 1])
-    losses = _cross_entropy(logits, labels)
+    losses = cross_entropy(logits, labels)
     correct = jnp.sum(_is_first_largest(logits, labels), dtype=jnp.int32)
     return Metrics(losses.sum(), correct, jnp.asarray(len(labels), jnp.int32))
 
 
-def _cross_entropy(logits: Array, labels: AnyArray) -> Array:
-    """`log(sum(exp(logits))) - logits[label]`, `[N]`, in nats.
+def cross_entropy(logits: Array, labels: AnyArray) -> Array:
+    """`log(sum(exp(logits))) - logits[label]` of each example, in nats.
 
     Picking the logit by comparison, the gradient needs no scatter, which on a CPU takes longer than
-    the matrix product before it. A label that is no class makes the loss NaN.
+    the matrix product before it.
+
+    Args:
+        logits: `[N, classes]` floating point; float32 at least while losses are computed.
+        labels: `[N]` integers. One that is no class makes its loss NaN.
+
+    Returns:
+        `[N]` losses.
+
+    Example:
+        >>> print(cross_entropy(jnp.zeros((1, 10)), jnp.array([3])).round(4))
+        [2.3026]
     """
     classes = logits.shape[1]
     logits = logits.astype(statistics_dtype(logits))

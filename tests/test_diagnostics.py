@@ -1,0 +1,309 @@
+from functools import partial
+from itertools import combinations
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import relative_error
+
+from bnjax import diagnostics
+from bnjax.models import ACTIVATIONS, MLP
+from bnjax.training import Batch
+
+IN_NUMPY = {  # with the derivative
+    "relu": (lambda x: np.maximum(x, 0), lambda x: (x > 0) * 1.0),
+    "tanh": (np.tanh, lambda x: 1 - np.tanh(x) ** 2),
+}
+
+each_mode = pytest.mark.parametrize("train", [False, True])
+each_network = pytest.mark.parametrize("use_batch_norm", [False, True])
+
+
+def in_numpy(variables, images, name, train):
+    """Logits, what enters and leaves each activation, and the statistics used, in float64."""
+    params, stats = (jax.tree.map(np.float64, variables.get(k)) for k in ("params", "batch_stats"))
+    entering, leaving, used = [], [], {}
+    x = np.float64(images).reshape(len(images), -1)
+    *hidden, last = (params[k] for k in sorted(params) if k.startswith("Dense"))
+    for k, dense in enumerate(hidden):
+        x = x @ dense["kernel"] + dense["bias"]
+        if (norm := f"BatchNorm_{k}") in params:
+            used[norm] = {"mean": x.mean(axis=0), "var": x.var(axis=0)} if train else stats[norm]
+            x = (x - used[norm]["mean"]) / np.sqrt(used[norm]["var"] + 1e-5)
+            x = params[norm]["scale"] * x + params[norm]["bias"]
+        entering.append(x)
+        x = IN_NUMPY[name][0](x)
+        leaving.append(x)
+    return x @ last["kernel"] + last["bias"], entering, leaving, used
+
+
+def loss_in_numpy(params, batch):
+    logits, *_ = in_numpy({"params": params}, batch.images, "tanh", train=True)
+    own = logits[np.arange(len(logits)), batch.labels]
+    return np.mean(np.log(np.exp(logits).sum(axis=1)) - own)
+
+
+def gradient_in_numpy(params, batch, step=1e-6):
+    """Central differences, good to some 1e-9."""
+    params = jax.tree.map(np.array, params)
+    gradient = jax.tree.map(np.zeros_like, params)
+    for w, g in zip(jax.tree.leaves(params), jax.tree.leaves(gradient), strict=True):
+        for at in np.ndindex(w.shape):
+            here, losses = w[at], []
+            for w[at] in (here + step, here - step):
+                losses.append(loss_in_numpy(params, batch))
+            w[at] = here
+            g[at] = (losses[0] - losses[1]) / (2 * step)
+    return gradient
+
+
+def network(name, use_batch_norm=True, hidden_sizes=(6, 5), dtype=np.float64):
+    """A model, variables none of which is what it starts with, and a batch."""
+    rng = np.random.default_rng(3)
+    model = MLP(hidden_sizes, 3, use_batch_norm, ACTIVATIONS[name])
+    images = rng.normal(size=(16, 2, 2)).astype(dtype)
+    labels = rng.integers(0, 3, 16, np.int32)
+    shapes = jax.eval_shape(partial(model.init, train=True), jax.random.key(0), images)
+    draw = {"params": rng.normal, "batch_stats": partial(rng.uniform, 0.5, 2)}
+    variables = {
+        key: jax.tree.map(lambda a, key=key: draw[key](size=a.shape).astype(dtype), tree)
+        for key, tree in shapes.items()
+    }
+    return model, variables, Batch(images, labels)
+
+
+def looking_at(values, activation=jnp.positive):
+    """A network with one hidden layer, whose activations take `values` `[N, H]`, and the batch."""
+    values = np.asarray(values, np.float32)
+    width = values.shape[1]
+    model = MLP((width,), 1, use_batch_norm=False, activation=activation)
+    kernels = np.eye(width, dtype=np.float32), np.ones((width, 1), np.float32)
+    params = {
+        f"Dense_{k}": {"kernel": kernel, "bias": np.zeros(kernel.shape[1], np.float32)}
+        for k, kernel in enumerate(kernels)
+    }
+    return model, {"params": params}, Batch(values, np.zeros(len(values), np.int32))
+
+
+def assert_close(found, expected, tolerance):
+    """Both `{name: array}`, with the same names in the same order."""
+    assert list(found) == list(expected)
+    for name in expected:
+        chex.assert_shape(found[name], np.shape(expected[name]))
+        assert relative_error(found[name], expected[name]) < tolerance, name
+
+
+@each_mode
+@each_network
+@pytest.mark.parametrize("name", IN_NUMPY)
+@pytest.mark.usefixtures("x64")
+def test_all_layers_agree_with_numpy(name, use_batch_norm, train):
+    model, variables, batch = network(name, use_batch_norm)
+    _, entering, leaving, _ = in_numpy(variables, batch.images, name, train)
+
+    def check(probe, expected, tolerance=1e-13, **options):
+        assert_close(probe(model, variables, batch, train=train, **options), expected, tolerance)
+
+    def numbered(name, layers):
+        return {f"{name}_{k}": layer for k, layer in enumerate(layers, start=1)}
+
+    def mean_cosine(x):
+        length = np.linalg.norm(x, axis=1, keepdims=True)
+        pairs = combinations(x / np.where(length, length, 1), 2)
+        return np.mean([a @ b for a, b in pairs])
+
+    check(diagnostics.features, numbered("features", leaving))
+    check(diagnostics.preactivations, numbered("preactivations", entering))
+    for options, wanted in ({}, (15, 50, 85)), ({"percentiles": (100, 0.5)}, (100, 0.5)):
+        percentiles = [np.percentile(x, wanted, axis=0) for x in entering]
+        check(diagnostics.activation_percentiles, numbered("percentiles", percentiles), **options)
+    flat = [np.mean(IN_NUMPY[name][1](x) < 0.5) for x in entering]
+    check(diagnostics.saturation, {"saturation": flat}, tolerance=1e-7, slope=0.5)
+    cosines = [mean_cosine(x) for x in leaving]
+    check(diagnostics.cosine_similarity, {"cosine_similarity": cosines})
+    ranks = [np.linalg.matrix_rank(x, tol=0.2 * np.linalg.norm(x, 2)) for x in leaving]
+    check(diagnostics.effective_rank, {"effective_rank": ranks}, threshold=0.2)
+    assert flat[0] != flat[1]
+    assert ranks != [6, 5]
+
+
+@pytest.mark.usefixtures("x64")
+def test_gradient_of_softmax_regression():
+    model, variables, batch = network("relu", hidden_sizes=())
+    x = batch.images.reshape(16, 4)
+    odds = np.exp(in_numpy(variables, x, "relu", train=True)[0])
+    errors = odds / odds.sum(axis=1, keepdims=True) - np.eye(3)[batch.labels]
+    found = diagnostics.gradient_norms(model, variables, batch)
+    assert_close(found, {"Dense_0": np.linalg.norm(x.T @ errors / 16)}, 1e-13)
+    found = diagnostics.backpropagated_norms(model, variables, batch)
+    assert_close(found, {"Dense_0": np.linalg.norm(errors / 16)}, 1e-13)
+
+
+@each_network
+@pytest.mark.usefixtures("x64")
+def test_gradient_norms_agree_with_finite_differences(use_batch_norm):
+    model, variables, batch = network("tanh", use_batch_norm)
+    params = dict(variables["params"])
+    layers = ["Dense_0", "Dense_1", "Dense_2"]
+    for k in layers:  # a bias for each example has the gradient of the layer's output
+        params[k] = {**params[k], "bias": np.tile(params[k]["bias"], (16, 1))}
+    gradient = gradient_in_numpy(params, batch)
+    for probe, name in (
+        (diagnostics.gradient_norms, "kernel"),
+        (diagnostics.backpropagated_norms, "bias"),
+    ):
+        norms = {k: np.linalg.norm(gradient[k][name]) for k in layers}
+        assert_close(probe(model, variables, batch), norms, 1e-7)
+
+
+@each_network
+@pytest.mark.usefixtures("x64")
+def test_landscape_at_weights_moved_by_hand(use_batch_norm):
+    model, variables, batch = network("tanh", use_batch_norm)
+    params, steps = variables["params"], (0.05, 0.0, 2.0)
+    here = gradient_in_numpy(params, batch)
+    moved = [jax.tree.map(lambda w, g, s=s: w - s * g, params, here) for s in steps]
+    gradients = [jax.tree.leaves(gradient_in_numpy(there, batch)) for there in moved]
+    flat = np.array([np.concatenate([a.ravel() for a in gradient]) for gradient in gradients])
+    losses = [loss_in_numpy(there, batch) for there in moved]
+    found = diagnostics.landscape(model, variables, batch, step_sizes=steps)
+    expected = {"losses": losses, "gradient_distances": np.linalg.norm(flat - flat[1], axis=1)}
+    assert_close(found, expected, 1e-7)
+    assert found["losses"][1] == pytest.approx(losses[1], rel=1e-13)
+    assert found["gradient_distances"][1] < 1e-13
+
+
+@pytest.mark.parametrize(
+    ("name", "slope", "flat", "steep"),
+    [
+        ("sigmoid", {}, [-100, -4.59, 4.59], [-4.58, 0, 4.58]),
+        ("sigmoid", {"slope": 0.1}, [-2.07, 2.07, 3], [-2.06, 0, 2.06]),
+        ("tanh", {}, [-30, -2.994, 2.994], [-2.993, 0, 2.993]),
+        ("relu", {}, [-1e3, -2, -1e-6], [1e-6, 3, 4]),
+        ("leaky_relu", {"slope": 0.011}, [-3, -4], [1, 2, 3, 4]),
+        ("leaky_relu", {"slope": 0.009}, [], [-2, -1, 1, 2, 3, 4]),
+    ],
+)
+def test_saturation_is_where_the_activation_is_flat(name, slope, flat, steep):
+    values = np.array([flat + steep]).T
+    found = diagnostics.saturation(*looking_at(values, ACTIVATIONS[name]), **slope)
+    assert found["saturation"] == pytest.approx([len(flat) / len(values)])
+
+
+@each_mode
+@each_network
+@pytest.mark.usefixtures("x64")
+def test_dead_units_say_the_same_of_every_example(use_batch_norm, train):
+    model, variables, batch = network("relu", use_batch_norm)
+    params, dead = variables["params"], [2, 3]
+    for k in range(2):
+        bias = params[f"BatchNorm_{k}" if use_batch_norm else f"Dense_{k}"]["bias"]
+        bias[:] = 2.0
+        bias[:2] = -1e3
+    params["Dense_1"]["kernel"][:, -1] = 0
+    if use_batch_norm:
+        *_, variables["batch_stats"] = in_numpy(variables, batch.images, "relu", train=True)
+        away = 1e3 * np.sign(params["BatchNorm_1"]["scale"][2])
+        variables["batch_stats"]["BatchNorm_1"]["mean"][2] = away
+        dead[1] += not train
+    features = diagnostics.features(model, variables, batch, train=train)
+    assert features["features_2"][0, -1] > 1  # dead, though not silent
+    found = diagnostics.dead_units(model, variables, batch, train=train)
+    assert found["dead_units"] == pytest.approx([dead[0] / 6, dead[1] / 5])
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.eye(3), 0),
+        (np.outer([1e-3, 1, 50], [3, 0, -4]), 1),
+        (np.outer([1, -2, 3], [1, 2, 3]), -1 / 3),
+        ([[1, 0, 0], [1, 1, 0], [0, 0, 1]], np.sqrt(0.5) / 3),
+        ([[3, 4, 0], [0, 0, 0], [6, 8, 0]], 1 / 3),
+        (np.zeros((3, 3)), 0),
+    ],
+)
+def test_cosine_similarity_of_given_features(values, expected):
+    found = diagnostics.cosine_similarity(*looking_at(values))
+    assert found["cosine_similarity"] == pytest.approx([expected], abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+@pytest.mark.parametrize(
+    ("singular", "threshold", "expected"),
+    [
+        ([1, 0.5, 0.011, 0.009], {}, 3),
+        ([1, 0.5, 0.011, 0.009], {"threshold": 0.4}, 2),
+        ([0, 0, 0, 0], {}, 0),
+    ],
+)
+def test_effective_rank_counts_singular_values(singular, threshold, expected, scale):
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.normal(size=(n, 4)))[0] for n in (9, 4))
+    values = scale * left @ np.diag(singular) @ right.T
+    found = diagnostics.effective_rank(*looking_at(values), **threshold)["effective_rank"]
+    assert found.tolist() == [expected]
+    assert jnp.issubdtype(found.dtype, jnp.integer)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("shift", "stretch"), [(0, 1), (3, 0.25), (-0.5, 2)])
+def test_population_gap_of_running_statistics_moved_by_hand(shift, stretch):
+    model, variables, batch = network("relu")
+    *_, stats = in_numpy(variables, batch.images, "relu", train=True)
+    moved = {}
+    for layer, s in stats.items():
+        std = np.sqrt(s["var"] + 1e-5)
+        moved[layer] = {"mean": s["mean"] + shift * std, "var": (stretch * std) ** 2 - 1e-5}
+    found = diagnostics.population_gap(model, variables | {"batch_stats": moved}, batch)
+    gap = {"mean": abs(shift), "std": abs(stretch - 1)}
+    assert found == {f"{k}/{m}": pytest.approx(gap[m], abs=1e-12) for k in stats for m in gap}
+
+
+@each_network
+@pytest.mark.usefixtures("x64")
+def test_train_eval_discrepancy_agrees_with_numpy(use_batch_norm):
+    model, variables, batch = network("tanh", use_batch_norm)
+    training, _, _, stats = in_numpy(variables, batch.images, "tanh", train=True)
+    evaluation, *_ = in_numpy(variables, batch.images, "tanh", train=False)
+    changed = np.mean(evaluation.argmax(axis=1) != training.argmax(axis=1))
+    logits = np.sqrt(np.mean((evaluation - training) ** 2))
+    found = diagnostics.train_eval_discrepancy(model, variables, batch)
+    assert found == {"changed": changed, "logits": pytest.approx(logits, rel=1e-13)}
+    assert (0 < changed < 1 and logits > 0.1) if use_batch_norm else changed == logits == 0
+
+    variables["batch_stats"] = stats
+    found = diagnostics.train_eval_discrepancy(model, variables, batch)
+    assert found == {"changed": 0, "logits": pytest.approx(0, abs=1e-13)}
+
+
+def test_compiled_in_float32_on_integer_images():
+    """What float64 says of the same images, op by op; `population_gap` is not to be compiled."""
+    probes = (
+        partial(diagnostics.landscape, step_sizes=(0.05, 0.0, 2.0)),
+        diagnostics.features,
+        diagnostics.preactivations,
+        diagnostics.gradient_norms,
+        diagnostics.backpropagated_norms,
+        diagnostics.activation_percentiles,
+        diagnostics.saturation,
+        diagnostics.dead_units,
+        diagnostics.cosine_similarity,
+        diagnostics.effective_rank,
+        diagnostics.train_eval_discrepancy,
+    )
+    model, variables, batch = network("tanh", dtype=np.float32)
+    images = np.random.default_rng(0).integers(0, 256, (16, 2, 2), np.uint8)
+    integers, floats = (batch._replace(images=a) for a in (images, images / 255))
+
+    def look(variables, batch):
+        return [probe(model, variables, batch) for probe in probes]
+
+    gap = diagnostics.population_gap
+    found = [*jax.jit(look)(variables, integers), gap(model, variables, integers)]
+    with jax.enable_x64(True):
+        variables = jax.tree.map(np.float64, variables)
+        expected = [*look(variables, floats), gap(model, variables, floats)]
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, expected)
