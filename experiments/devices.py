@@ -3,6 +3,7 @@
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -14,6 +15,25 @@ def cache_programs(directory: Path) -> None:
     """Keeps compiled programs in `directory`, for the next run to load."""
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def open_cpus(count: int | None = None) -> None:
+    """Makes so many devices of the CPU, by default one of each core.
+
+    `XLA_FLAGS` that say how many, and a JAX that runs already, are left as they are.
+    """
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # JAX runs already
+            jax.config.update("jax_num_cpu_devices", count or _cores())
+
+
+def describe() -> dict[str, Any]:
+    """What there is to compute on, for the configuration of a run."""
+    return {
+        "device_kind": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+        "process_count": jax.process_count(),
+    }
 
 
 def make_lanes(arms: tuple[Arm, ...], mesh: str, replicates: int) -> list[Lane]:
@@ -32,11 +52,7 @@ def make_lanes(arms: tuple[Arm, ...], mesh: str, replicates: int) -> list[Lane]:
         ValueError: if the mesh does not fit the devices.
     """
     wanted = None if mesh == "auto" else parse_mesh(mesh)["replicate"]
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        with contextlib.suppress(RuntimeError):  # JAX runs already, with the devices it has
-            jax.config.update(
-                "jax_num_cpu_devices", wanted or min(_cores(), len(arms) * replicates)
-            )
+    open_cpus(wanted or min(_cores(), len(arms) * replicates))
     devices = jax.devices()
     if devices[0].platform != "cpu":
         return [Lane(arms, make_mesh(wanted or min(replicates, len(devices))))]

@@ -75,9 +75,7 @@ def prepare(arguments: Sequence[str], prog: str, description: str, console: Cons
     execution = dataclasses.replace(execution, data_dir=data_dir)
     origin = {
         **runs.provenance(),
-        "device_kind": jax.devices()[0].device_kind,
-        "device_count": jax.device_count(),
-        "process_count": jax.process_count(),
+        **devices.describe(),
         "mesh": dict(lanes[0].mesh.shape),
     }
     if saved:

@@ -63,7 +63,6 @@ def create(path: Path, config: Mapping[str, Any]) -> None:
     try:
         partial.mkdir(parents=True)
         write_json(partial / "config.json", config)
-        (partial / "probes").mkdir()
         partial.rename(path)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -113,7 +112,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes an `.npz` file under a temporary name and renames it."""
+    """Writes an `.npz` file under a temporary name and renames it; makes its directory."""
+    path.parent.mkdir(exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)

@@ -163,10 +163,18 @@ def _train(model: models.MLP, train: Batch, epochs: int, key: Array) -> TrainSta
 
 
 @partial(jax.jit, static_argnames=("size", "train"))
-def _predict(
+def predict(
     state: TrainState, images: Array, size: int, *, train: bool, key: Array | None = None
 ) -> Array:
-    """Classes `[n]` of the images, `size` at a time, without those that fill no group."""
+    """Classes `[n]` of the images, `size` at a time, without those that fill no group.
+
+    Args:
+        state: the network.
+        images: `[N, ...]`, taken in their order.
+        size: images in a batch.
+        train: whether to predict in training mode.
+        key: for dropout in training mode.
+    """
     rngs = {} if key is None else {"dropout": key}
 
     def classes(group: Array) -> Array:
@@ -180,20 +188,21 @@ def _predict(
     return jax.lax.map(classes, images[:whole].reshape(-1, size, *images.shape[1:])).ravel()
 
 
-def _accuracy(classes: Array, labels: AnyArray) -> float:
+def accuracy(classes: Array, labels: AnyArray) -> float:
+    """Share of the classes `[n]` that are the first n labels."""
     return float((classes == labels[: len(classes)]).mean())
 
 
 def _dropout(state: TrainState, test: Batch, keys: Array) -> dict[str, Any]:
     count = len(test.labels)
-    calls = np.stack([_predict(state, test.images, count, train=True, key=key) for key in keys])
+    calls = np.stack([predict(state, test.images, count, train=True, key=key) for key in keys])
     votes = (calls[..., None] == np.arange(10)).sum(axis=0)  # [N, 10]
     torn = int(votes.max(axis=1).argmin())
-    evaluation = _predict(state, test.images, count, train=False)
+    evaluation = predict(state, test.images, count, train=False)
     return {
         "changing": int((votes.max(axis=1) < len(keys)).sum()),
-        "training": [_accuracy(classes, test.labels) for classes in calls],
-        "evaluation": _accuracy(evaluation, test.labels),
+        "training": [accuracy(classes, test.labels) for classes in calls],
+        "evaluation": accuracy(evaluation, test.labels),
         "torn_label": int(test.labels[torn]),
         "torn_votes": votes[torn].tolist(),
         "torn_evaluation": int(evaluation[torn]),
@@ -203,17 +212,17 @@ def _dropout(state: TrainState, test: Batch, keys: Array) -> dict[str, Any]:
 def _alone(state: TrainState, test: Batch) -> dict[str, Any]:
     error = ""
     try:
-        _predict(state, test.images[:1], 1, train=True)
+        predict(state, test.images[:1], 1, train=True)
     except ValueError as refused:
         error = str(refused)
-    twice = _predict(state, test.images.repeat(2, axis=0), 2, train=True)[::2]
+    twice = predict(state, test.images.repeat(2, axis=0), 2, train=True)[::2]
     return {
         "error": error,
         "twice": np.bincount(twice, minlength=10).tolist(),
         "evaluation": np.bincount(
-            _predict(state, test.images, 1, train=False), minlength=10
+            predict(state, test.images, 1, train=False), minlength=10
         ).tolist(),
-        "accuracy": _accuracy(twice, test.labels),
+        "accuracy": accuracy(twice, test.labels),
     }
 
 
@@ -221,19 +230,19 @@ def _groups(state: TrainState, test: Batch, key: Array) -> dict[str, Any]:
     order = jax.random.permutation(key, len(test.labels))
     training_mode = {}
     for size in (size for size in GROUPS if size <= len(test.labels)):
-        classes = _predict(state, test.images, size, train=True)
-        elsewhere = _predict(state, test.images[order], size, train=True)
+        classes = predict(state, test.images, size, train=True)
+        elsewhere = predict(state, test.images[order], size, train=True)
         there = order[: len(elsewhere)]
         there, elsewhere = there[there < len(classes)], elsewhere[there < len(classes)]
         training_mode[size] = {
-            "accuracy": _accuracy(classes, test.labels),
+            "accuracy": accuracy(classes, test.labels),
             "changing": int((classes[there] != elsewhere).sum()),
             "of": len(there),
         }
-    together = _predict(state, test.images, len(test.labels), train=False)
-    alone = _predict(state, test.images, 1, train=False)
+    together = predict(state, test.images, len(test.labels), train=False)
+    alone = predict(state, test.images, 1, train=False)
     evaluation = {
-        "accuracy": _accuracy(together, test.labels),
+        "accuracy": accuracy(together, test.labels),
         "changing": int((together != alone).sum()),
     }
     return {"training": training_mode, "evaluation": evaluation}
@@ -252,7 +261,7 @@ def _population(state: TrainState, train: Batch, test: Batch) -> dict[str, Any]:
         renewed = state.replace(batch_stats=variables["batch_stats"])
         gaps = population.gap(variables, estimated["layer by layer"])
         found[name] = {
-            "accuracy": _accuracy(_predict(renewed, test.images, 1, train=False), test.labels),
+            "accuracy": accuracy(predict(renewed, test.images, 1, train=False), test.labels),
             "gaps": {
                 layer: {k: float(v) for k, v in g._asdict().items()} for layer, g in gaps.items()
             },

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import ArrayLike
 
 from bnjax.statistics import summarize
 from experiments.runs import ARMS
@@ -27,6 +28,19 @@ PANELS = (
 )
 
 
+def panels(
+    titles: Sequence[str], *, width: float = 4.2, height: float = 3.8
+) -> tuple[Figure, list[Axes]]:
+    """A row of empty panels, each of that size in inches."""
+    figure = Figure(figsize=(width * len(titles), height), layout="constrained")
+    row = list(figure.subplots(1, len(titles), squeeze=False)[0])
+    for axes, title in zip(row, titles, strict=True):
+        axes.set_title(title, loc="left", fontweight="bold")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure, row
+
+
 def curves(by_arm: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     """Training cost, test loss and test accuracy of both arms over the epochs.
 
@@ -34,38 +48,46 @@ def curves(by_arm: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
         by_arm: `{arm: {metric: [epochs, replicates]}}`. Several replicates are drawn as their
             mean within its 95 % confidence interval.
     """
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    for axes, (metric, title, unit) in zip(figure.subplots(1, 3), PANELS, strict=True):
+    figure, row = panels([title for _, title, _ in PANELS], width=4, height=4)
+    for axes, (metric, _, unit) in zip(row, PANELS, strict=True):
         scale = 100 if metric.endswith("accuracy") else 1
         for arm in ARMS:
-            _draw_arm(axes, arm, scale * by_arm[arm][metric])
+            values = scale * by_arm[arm][metric].T
+            draw_band(axes, arm, np.arange(1, values.shape[1] + 1), values)
         if scale == 1 and any((by_arm[arm][metric] > 0).any() for arm in ARMS):
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_title(title, loc="left", fontweight="bold")
         axes.set_xlabel("epoch")
         axes.set_ylabel(unit)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25, which="both", linewidth=0.5)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
     return figure
 
 
-def _draw_arm(axes: Axes, arm: str, values: np.ndarray) -> None:
-    epochs = np.arange(1, len(values) + 1)
-    summaries = [summarize(row) for row in values]
+def draw_band(axes: Axes, arm: str, x: ArrayLike, values: ArrayLike, **style: Any) -> None:
+    """An arm's mean over replicates within its 95 % confidence interval.
+
+    Args:
+        axes: where to draw.
+        arm: "bn" or "no_bn"; decides colour and label.
+        x: `[N]`.
+        values: `[R, N]`.
+        style: what differs from the arm's own.
+    """
+    columns = np.asarray(values, np.float64).T
+    summaries = [summarize(column) for column in columns]
     means = [np.nan if summary.mean is None else summary.mean for summary in summaries]
-    axes.plot(epochs, means, label=LABELS[arm], markersize=4, linewidth=1.6, **STYLES[arm])
-    if values.shape[1] > 1:
+    style = {"label": LABELS[arm], "markersize": 4, "linewidth": 1.6, **STYLES[arm], **style}
+    axes.plot(x, means, **style)
+    if columns.shape[1] > 1:
         bounds = np.array([summary.interval or (np.nan, np.nan) for summary in summaries])
-        finite = values[np.isfinite(values)]
+        finite = columns[np.isfinite(columns)]
         if len(finite):  # an interval of two or three may be wider than all that can be
             reach = max(np.ptp(finite), 1e-6)
             bounds = bounds.clip(max(finite.min() - reach, finite.min() / 4), finite.max() + reach)
-        axes.fill_between(epochs, *bounds.T, color=STYLES[arm]["color"], alpha=0.2, linewidth=0)
+        axes.fill_between(x, *bounds.T, color=style["color"], alpha=0.2, linewidth=0)
 
 
 def features(image: np.ndarray, label: int, probes: Mapping[str, np.ndarray]) -> Figure:

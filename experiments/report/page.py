@@ -29,20 +29,14 @@ def write(path: Path, summary: Mapping[str, Any]) -> None:
     runs.write_bytes(path / "curves.svg", figures.to_svg(curves))
     features_png = _draw_features(path, experiment) if experiment.draws_features else None
 
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("experiments.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = environment.get_template("page.html.j2").render(
+    html = render(
+        "page.html.j2",
         arms=runs.ARMS,
         command=options.command(experiment) + " --data-dir DIR" * bool(data_dir),
         config=config,
-        curves=_data_uri(curves_png),
+        curves=data_uri(curves_png),
         experiment=experiment,
-        features=features_png and _data_uri(features_png),
+        features=features_png and data_uri(features_png),
         certainty=format_certainty,
         format=format_summary,
         one_replicate=ONE_REPLICATE,
@@ -50,6 +44,18 @@ def write(path: Path, summary: Mapping[str, Any]) -> None:
         titles=TITLES,
     )
     runs.write_bytes(path / "report.html", html.encode())
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from a template beside this file; text is escaped, a missing value is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("experiments.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
 
 
 def _draw_features(path: Path, experiment: Experiment) -> bytes:
@@ -60,5 +66,6 @@ def _draw_features(path: Path, experiment: Experiment) -> bytes:
     return png
 
 
-def _data_uri(png: bytes) -> str:
+def data_uri(png: bytes) -> str:
+    """A picture as it stands in a page."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
