@@ -1,0 +1,230 @@
+"""Published claims about batch normalization: what each says, and the criterion that judges it.
+
+A claim is one file beside this one, which sets `CLAIM`, or `CLAIMS` where several share a run.
+What it measures has names; its checks, written before any run, say which values of which name the
+claim allows. Whether a claim passes is decided by these alone (`judge`).
+"""
+
+import importlib
+import math
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+
+from bnjax import statistics
+from bnjax.data import Dataset
+from bnjax.training import Batch
+
+T = TypeVar("T")
+
+
+class Verdict(StrEnum):
+    """What the evidence says about a claim."""
+
+    PASS = "PASS"
+    FAIL = "FAIL"
+    INCONCLUSIVE = "INCONCLUSIVE"
+
+
+class Evidence(NamedTuple):
+    """What a run found, as plain numbers that JSON can hold.
+
+    Attributes:
+        measured: `{quantity: one value per replicate}`.
+        picture: what the claim's figure draws, beside the measured values.
+        incomparable: why figures of the original set-up cannot be compared with this run's; empty
+            if they can.
+    """
+
+    measured: dict[str, list[float]]
+    picture: dict[str, Any]
+    incomparable: str = ""
+
+
+@dataclass(frozen=True)
+class Check:
+    """The values of one quantity that a claim allows.
+
+    Attributes:
+        quantity: its name in the evidence, with the unit.
+        published: what the source says of it, in words or figures.
+        low, high: the bounds of what is allowed, themselves included. Without any, the quantity is
+            shown and decides nothing.
+        rule: what must lie within them. "mean": the 95 % confidence interval of the mean; the check
+            fails if all of it lies outside, and is inconclusive if it reaches across a bound.
+            "each": every single replicate. "predicted": the bounds (both the published figure) must
+            lie within the 95 % prediction interval of one more replicate.
+        original: the published figure belongs to the original set-up: with other data, or a shorter
+            run, the check is inconclusive.
+    """
+
+    quantity: str
+    published: str
+    low: float = -math.inf
+    high: float = math.inf
+    rule: str = "mean"
+    original: bool = False
+
+    @property
+    def decides(self) -> bool:
+        """Whether any value could fail."""
+        return math.isfinite(self.low) or math.isfinite(self.high)
+
+    def judge(self, values: Iterable[float], incomparable: str = "") -> Verdict:
+        """What the replicates' values say; pure, and the only place that decides."""
+        found = np.asarray(list(values), np.float64)
+        if not self.decides:
+            return Verdict.PASS
+        if not len(found) or (self.original and incomparable):
+            return Verdict.INCONCLUSIVE
+        if self.rule == "each":
+            return Verdict.PASS if np.all(self._allows(found)) else Verdict.FAIL
+        low, high = interval(found, predicted=self.rule == "predicted")
+        if not (math.isfinite(low) and math.isfinite(high)):  # one replicate, or infinite values
+            outside = len(found) > 1 and np.all(~self._allows(found) & ~np.isnan(found))
+            return Verdict.FAIL if outside else Verdict.INCONCLUSIVE
+        if self.rule == "predicted":
+            return Verdict.PASS if low <= self.low and self.high <= high else Verdict.FAIL
+        if self._allows(low) and self._allows(high):
+            return Verdict.PASS
+        return Verdict.FAIL if high < self.low or low > self.high else Verdict.INCONCLUSIVE
+
+    def _allows(self, value: Any) -> Any:
+        return (self.low <= value) & (value <= self.high)
+
+
+def measured(checks: Iterable[Check], values: Iterable[ArrayLike]) -> dict[str, list[float]]:
+    """The values `[R]` under the names of the checks, in their order."""
+    pairs = zip(checks, values, strict=True)
+    return {check.quantity: np.asarray(found, np.float64).tolist() for check, found in pairs}
+
+
+def predicted(quantity: str, figure: float) -> Check:
+    """A check that a published figure lies within the prediction interval of the replicates."""
+    return Check(quantity, f"{figure:g}", figure, figure, "predicted", original=True)
+
+
+def around(quantity: str, figure: float, tolerance: float, *, original: bool = False) -> Check:
+    """A check that the mean is within `tolerance` of the published figure."""
+    low, high = figure - tolerance, figure + tolerance
+    return Check(quantity, f"{figure:g}", low, high, original=original)
+
+
+def interval(values: np.ndarray, *, predicted: bool = False) -> tuple[float, float]:
+    """95 % interval of the mean, or of one more value: mean ± t sd sqrt(1 / n), or sqrt(1 + 1 / n).
+
+    NaN where a value is not finite or there are fewer than two.
+    """
+    summary = statistics.summarize(values)
+    if summary.interval is None or summary.n < len(values):
+        return math.nan, math.nan
+    low, high = summary.interval
+    widening = math.sqrt(summary.n + 1) if predicted else 1.0
+    middle, half = (low + high) / 2, (high - low) / 2 * widening
+    return middle - half, middle + half
+
+
+def _compute_all(parts: Sequence[str], compute: Callable[[str], Any]) -> dict[str, Any]:
+    return {part: compute(part) for part in parts}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run may depend on.
+
+    Attributes:
+        dataset: what to train on.
+        quick: run less of it, so that all claims take minutes.
+        replicates: how many, in place of the claim's own number.
+        seed: decides everything random.
+        each: `(parts, compute) -> {part: compute(part)}`, where results are what JSON can hold; a
+            part that was done before is not computed again.
+    """
+
+    dataset: Dataset
+    quick: bool = False
+    replicates: int | None = None
+    seed: int = 0
+    each: Callable[[Sequence[str], Callable[[str], Any]], dict[str, Any]] = _compute_all
+
+    def either(self, quick: T, full: T) -> T:
+        """The first in a quick run, the second in a full one."""
+        return quick if self.quick else full
+
+    def count(self, quick: int, full: int) -> int:
+        """The number of replicates."""
+        return self.replicates or self.either(quick, full)
+
+    def incomparable(self, shortened: str = "") -> str:
+        """Why figures published for MNIST do not compare; `shortened`: how much less was run."""
+        elsewhere = self.dataset.name != "mnist" and f"on {self.dataset.name} instead of MNIST"
+        return ", ".join(reason for reason in (elsewhere, self.quick and shortened) if reason)
+
+    @property
+    def train(self) -> Batch:
+        """The training set."""
+        return Batch(self.dataset.train_images, self.dataset.train_labels)
+
+    @property
+    def test(self) -> Batch:
+        """The test set."""
+        return Batch(self.dataset.test_images, self.dataset.test_labels)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A published claim, and how it is put to the test.
+
+    Attributes:
+        id: its name on the command line.
+        statement: what is claimed, in one sentence.
+        source: paper, section, figure; course and lesson.
+        setup: what is run, with what the source leaves open.
+        criterion: the checks in words.
+        checks: what decides.
+        seconds: what the quick and the full run take on two cores, about.
+        run: measures.
+        draw: the figure, from the evidence alone.
+        remark: what a reader should know about the outcome, if anything.
+    """
+
+    id: str
+    statement: str
+    source: str
+    setup: str
+    criterion: str
+    checks: tuple[Check, ...]
+    seconds: tuple[int, int]
+    run: Callable[[Settings], Evidence]
+    draw: Callable[[Evidence], Figure]
+    remark: str = ""
+
+
+def judge(claim: Claim, evidence: Evidence) -> tuple[Verdict, list[Verdict]]:
+    """The verdict on a claim and on each of its checks.
+
+    It fails if one check fails, and passes if all those pass that decide.
+    """
+    verdicts = [
+        check.judge(evidence.measured.get(check.quantity, []), evidence.incomparable)
+        for check in claim.checks
+    ]
+    for verdict in (Verdict.FAIL, Verdict.INCONCLUSIVE):
+        if verdict in verdicts:
+            return verdict, verdicts
+    return Verdict.PASS, verdicts
+
+
+def load_claims() -> Mapping[str, Claim]:
+    """All claims by their ids, sorted."""
+    claims: list[Claim] = []
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        claims += getattr(module, "CLAIMS", ()) or [module.CLAIM]
+    return {claim.id: claim for claim in sorted(claims, key=lambda claim: claim.id)}

@@ -1,0 +1,69 @@
+"""Batch normalization widens the range of initial scales from which a network trains."""
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from bnjax import paired
+from experiments.claims import Check, Claim, Evidence, Settings, measured
+from experiments.report import figures
+from experiments.sweep import Cell, by_cell, take, train_grid
+
+SCALES = np.logspace(0, -4, 16)
+EXAMPLES, EPOCHS = 1000, 20
+
+
+def run(settings: Settings) -> Evidence:
+    """Training accuracy after 20 epochs, from each scale."""
+    cells = [Cell(0.01, lambda *_, scale=scale: scale) for scale in SCALES]
+    few = take(settings.train, EXAMPLES)
+
+    def measure(part: str) -> dict[str, list[list[float]]]:
+        keys = paired.replicate_keys(settings.seed, settings.count(3, 20))
+        *_, last = train_grid(
+            cells, keys, few, few, epochs=EPOCHS, batch_size=100, hidden_sizes=(100,) * 5
+        )
+        share = {
+            arm: np.asarray(m.correct) / np.asarray(m.examples) for arm, m in last.train.items()
+        }
+        return {arm: by_cell(values, cells).tolist() for arm, values in share.items()}
+
+    by_arm = settings.each(["accuracies"], measure)["accuracies"]
+    accuracy = {arm: np.array(values) for arm, values in by_arm.items()}  # [scales, R]
+    best = np.maximum(accuracy["bn"].max(axis=0), accuracy["no_bn"].max(axis=0))
+    good = {arm: (values >= 0.9 * best).sum(axis=0) for arm, values in accuracy.items()}
+    values = (good["bn"] - 2 * good["no_bn"], good["bn"], good["no_bn"])
+    return Evidence(measured(CLAIM.checks, values), by_arm)
+
+
+def draw(evidence: Evidence) -> Figure:
+    """Accuracy by scale."""
+    figure, (axes,) = figures.panels(["Training accuracy after 20 epochs"], width=7)
+    for arm, values in evidence.picture.items():
+        figures.draw_band(axes, arm, SCALES, 100 * np.transpose(values))
+    axes.set_xscale("log")
+    axes.set_xlabel("standard deviation of the initial weights, log scale")
+    axes.set_ylabel("percent")
+    axes.legend(frameon=False)
+    return figure
+
+
+CLAIM = Claim(
+    id="initialization-window",
+    statement="With batch normalization, a network learns from a far wider range of scales of its "
+    "initial weights.",
+    source="CS231n, assignment 2, BatchNormalization; Deep Learning from Scratch, section 6.3.2",
+    setup=f"{EXAMPLES:,} training images, five hidden layers of 100, ReLU, SGD 0.01, batches of "
+    f"100, {EPOCHS} epochs, 16 standard deviations from 1 to 1e-4. The sources show curves, no "
+    "figures.",
+    criterion="A scale is good if the training accuracy is within 10 % of the best that either "
+    "network reaches from any scale. On average, at least twice as many scales are good with batch "
+    "normalization.",
+    checks=(
+        Check("good scales with BN, less twice those without", "many more", low=0.0),
+        Check("good scales of 16, with BN", ""),
+        Check("good scales of 16, without BN", ""),
+    ),
+    seconds=(15, 30),
+    run=run,
+    draw=draw,
+)

@@ -1,0 +1,103 @@
+"""Predicting one image at a time needs population statistics."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from bnjax import diagnostics, paired
+from bnjax.training import Batch, TrainState
+from experiments.claims import Check, Claim, Evidence, Settings, measured
+from experiments.plan import make_arms
+from experiments.presets import Lab10
+from experiments.report import figures
+from experiments.sweep import take, train
+from experiments.train_eval_mode import accuracy, predict
+
+PRESET = Lab10()
+EPOCHS = 10
+
+
+def run(settings: Settings) -> Evidence:
+    """Predictions of single test images in training and in evaluation mode."""
+    keys = paired.replicate_keys(settings.seed, settings.count(3, 10))
+    arm = make_arms(PRESET)[0]
+
+    def measure(part: str) -> list[dict[str, Any]]:
+        *_, last = train(
+            [arm],
+            keys,
+            settings.train,
+            settings.test,
+            epochs=settings.either(1, EPOCHS),
+            batch_size=PRESET.batch_size,
+        )
+        states = [jax.tree.map(lambda a, k=k: a[k], last.states["bn"]) for k in range(len(keys))]
+        return [_look(arm.module, state, settings.test) for state in states]
+
+    found = settings.each(["replicates"], measure)["replicates"]
+    names = ("commonest", "refused", "accuracy", "twice", "changed")
+    values = [[one[name] for one in found] for name in names]
+    picture = {"votes": found[0]["votes"]}
+    return Evidence(measured(CLAIM.checks, values), picture, settings.incomparable())
+
+
+def _look(model: nn.Module, state: TrainState, test: Batch) -> dict[str, Any]:
+    images = jnp.asarray(test.images)
+    twice = predict(state, images.repeat(2, axis=0), 2, train=True)[::2]
+    alone = predict(state, images, 1, train=False)
+    hundred = diagnostics.train_eval_discrepancy(model, state.variables, take(test, 100))
+    votes = [np.bincount(classes, minlength=10) for classes in (twice, alone)]
+    return {
+        "commonest": 100 * float(votes[0].max() / votes[0].sum()),
+        "refused": float(_is_refused(state, images[:1])),
+        "accuracy": 100 * accuracy(alone, test.labels),
+        "twice": 100 * accuracy(twice, test.labels),
+        "changed": 100 * float(hundred["changed"]),
+        "votes": [counts.tolist() for counts in votes],
+    }
+
+
+def _is_refused(state: TrainState, image: jax.Array) -> bool:
+    try:
+        predict(state, image, 1, train=True)
+    except ValueError:
+        return True
+    return False
+
+
+def draw(evidence: Evidence) -> Figure:
+    """The classes that single images get in both modes."""
+    figure, row = figures.panels(["Batch statistics, fed twice", "Population statistics"])
+    for axes, votes in zip(row, evidence.picture["votes"], strict=True):
+        axes.bar(range(10), votes, color=figures.STYLES["bn"]["color"])
+        axes.set_xticks(range(10))
+        axes.set_xlabel("predicted class")
+        axes.set_ylabel("test images")
+    return figure
+
+
+CLAIM = Claim(
+    id="single-example-inference",
+    statement="With batch statistics, predictions for one image at a time are worthless; with "
+    "population statistics they are as good as any.",
+    source="Udacity, Deep learning nanodegree, lesson Batch Normalization; notebook "
+    "lab10_train_eval",
+    setup=f"784-32-32-10 with batch normalization, Adam 0.01, batches of 32, {EPOCHS} epochs "
+    "(quick: one). A single image has no batch statistics, so each is fed twice.",
+    criterion="In every replicate all images fed twice get one class, and an image fed alone in "
+    "training mode is an error; with population statistics the mean accuracy is at least 93 %.",
+    checks=(
+        Check("images in the commonest class in %, fed twice", "all", 100.0, 100.0, "each"),
+        Check("one image alone in training mode is refused", "an error", 1.0, 1.0, "each"),
+        Check("test accuracy in %, population statistics", "97", low=93.0, original=True),
+        Check("test accuracy in %, fed twice", "5 to 15"),
+        Check("predictions in %, changed by training mode in 100 images", ""),
+    ),
+    seconds=(15, 30),
+    run=run,
+    draw=draw,
+)

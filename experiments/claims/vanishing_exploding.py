@@ -1,0 +1,136 @@
+"""Four remedies against vanishing and exploding gradients, each on its own."""
+
+import math
+from functools import partial
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from bnjax import diagnostics, models, paired
+from bnjax.training import Batch
+from experiments.claims import Check, Claim, Evidence, Settings, measured
+from experiments.report import figures
+from experiments.sweep import ACTIVATION_NAMES, Cell, accuracy, by_cell, networks, take, train_grid
+
+DEPTH, WIDTH = 10, 64
+INITS = {
+    "small": lambda *_: 0.01,
+    "Xavier": lambda fan_in, fan_out: math.sqrt(2 / (fan_in + fan_out)),
+    "He": lambda fan_in, _: math.sqrt(2 / fan_in),
+}
+RATES = (0.01, 0.1, 1.0)
+GRID = list(product(INITS, RATES))
+LAYERS = [f"Dense_{k}" for k in range(DEPTH + 1)]
+
+
+def run(settings: Settings) -> Evidence:
+    """Test accuracy and gradient norms of every combination, after training."""
+    keys = paired.replicate_keys(settings.seed, settings.count(3, 5))
+    train = take(settings.train, settings.either(20_000, 60_000))
+    probed = take(settings.train, 500)
+
+    def measure(activation: str) -> dict[str, dict[str, list]]:
+        fields = {"hidden_sizes": (WIDTH,) * DEPTH, "activation": models.activation(activation)}
+        cells = [Cell(rate, INITS[init]) for init, rate in GRID]
+        *_, last = train_grid(cells, keys, train, settings.test, epochs=1, batch_size=100, **fields)
+        found = {}
+        for arm, values in accuracy(last).items():
+            norms = _gradient_norms(networks(**fields)[arm], last.states[arm].variables, probed)
+            found[arm] = {
+                "accuracy": by_cell(values, cells).tolist(),
+                "norms": np.exp(by_cell(np.log(np.asarray(norms)), cells).mean(axis=1)).tolist(),
+            }
+        return found
+
+    by_activation = settings.each(list(ACTIVATION_NAMES), measure)
+
+    values = [
+        by_activation[activation][arm]["accuracy"][GRID.index((init, rate))]
+        for activation, init, rate, arm in SETTINGS.values()
+    ]
+    return Evidence(measured(CLAIM.checks, values), by_activation)
+
+
+@partial(jax.jit, static_argnums=0)
+def _gradient_norms(model: models.MLP, variables: diagnostics.Variables, batch: Batch) -> jax.Array:
+    """`[C R, layers]`; at least the smallest positive float32."""
+
+    def one(variables: diagnostics.Variables) -> jax.Array:
+        norms = diagnostics.gradient_norms(model, variables, batch)
+        return jnp.stack([norms[layer] for layer in LAYERS])
+
+    return jnp.maximum(jax.lax.map(one, variables), jnp.finfo(jnp.float32).tiny)
+
+
+def draw(evidence: Evidence) -> Figure:
+    """Accuracy as a heat map, and the gradient norms of the vanishing network and its remedies."""
+    figure, row = figures.panels(["Without BN", "With BN", "Gradient norm after training"])
+    names = list(ACTIVATION_NAMES)
+    ticks = [f"{ACTIVATION_NAMES[name]}, {init}" for name in names for init in INITS]
+    for axes, arm in zip(row, ("no_bn", "bn"), strict=False):
+        means = [np.mean(evidence.picture[name][arm]["accuracy"], axis=1) for name in names]
+        table = np.reshape(means, (-1, len(RATES)))
+        axes.imshow(table, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+        for (y, x), value in np.ndenumerate(table):
+            axes.text(x, y, f"{value:.0f}", ha="center", va="center", color=_ink(value), fontsize=8)
+        axes.set_xticks(range(len(RATES)), [f"{rate:g}" for rate in RATES])
+        axes.set_yticks(range(len(ticks)), ticks if arm == "no_bn" else [])
+        axes.set_xlabel("learning rate; test accuracy in percent")
+    for name, init, arm, style in (
+        ("sigmoid", "small", "no_bn", "--"),
+        ("sigmoid", "Xavier", "no_bn", ":"),
+        ("relu", "He", "no_bn", "-"),
+        ("sigmoid", "small", "bn", "-"),
+    ):
+        norms = evidence.picture[name][arm]["norms"][GRID.index((init, 0.1))]
+        label = f"{ACTIVATION_NAMES[name]}, {init}, {figures.LABELS[arm]}"
+        color = figures.STYLES[arm]["color"]
+        row[2].semilogy(range(1, DEPTH + 2), norms, style, color=color, label=label)
+    row[2].set_xlabel("layer, from the input on; learning rate 0.1")
+    row[2].legend(frameon=False, fontsize=7)
+    return figure
+
+
+def _ink(value: float) -> str:
+    return "black" if value > 60 else "white"
+
+
+SETTINGS = {
+    "vanishing: sigmoid, small, rate 0.1": ("sigmoid", "small", 0.1, "no_bn"),
+    "... with ReLU": ("relu", "small", 0.1, "no_bn"),
+    "... with Xavier's initialization": ("sigmoid", "Xavier", 0.1, "no_bn"),
+    "... with ReLU and He's initialization": ("relu", "He", 0.1, "no_bn"),
+    "... with batch normalization": ("sigmoid", "small", 0.1, "bn"),
+    "exploding: ReLU, He, rate 1": ("relu", "He", 1.0, "no_bn"),
+    "... with rate 0.1": ("relu", "He", 0.1, "no_bn"),
+    "... at rate 1 with batch normalization": ("relu", "He", 1.0, "bn"),
+}
+
+
+def _check(setting: str) -> Check:
+    quantity = f"test accuracy in %, {setting}"
+    if setting.startswith("..."):
+        return Check(quantity, "trains", low=50.0)
+    return Check(quantity, "does not train", high=25.0)
+
+
+CLAIM = Claim(
+    id="vanishing-exploding",
+    statement="Vanishing gradients are cured by another activation, by careful initialization, "
+    "or by batch normalization; exploding ones by a small learning rate or by batch "
+    "normalization.",
+    source="boostcourse and Lab 10 notebooks, Gradient vanishing / exploding: solutions",
+    setup=f"{DEPTH} hidden layers of {WIDTH}, SGD, batches of 100, one epoch (quick: 20,000 "
+    "images), every combination of sigmoid, tanh, ReLU; normal initial weights of 0.01, "
+    f"Xavier's, He's; learning rates {', '.join(f'{rate:g}' for rate in RATES)}; with and without "
+    "batch normalization.",
+    criterion="A network that does not train (mean test accuracy below 25 %) does so (50 % or "
+    "more) with each single remedy.",
+    checks=tuple(_check(setting) for setting in SETTINGS),
+    seconds=(60, 200),
+    run=run,
+    draw=draw,
+)

@@ -1,0 +1,238 @@
+"""Re-runs what papers, courses and notebooks claim about batch normalization, with verdicts.
+
+    python -m experiments.reproduce                       lists the claims
+    python -m experiments.reproduce rank-collapse         runs one, or several
+    python -m experiments.reproduce all --quick           runs less of each, minutes in all
+    python -m experiments.reproduce all --out DIR         goes on in DIR, if it stopped there
+
+Each claim ends in PASS, FAIL or INCONCLUSIVE, by a criterion that was written before the run. DIR
+holds report.html, which puts published beside measured figures and opens without a network,
+verdicts.json, and a directory for each claim with its evidence and its picture.
+
+Exit status: 0 whatever the verdicts; 2 a mistake in the command, the settings or the data;
+130 after Ctrl-C, 143 after SIGTERM.
+"""
+
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bnjax import data
+from bnjax.data import Dataset
+from bnjax.names import choose
+from experiments import devices, runs, signals, verdicts
+from experiments.claims import Claim, Settings, load_claims
+from experiments.console import print_plain
+from experiments.plan import load_data
+from experiments.presets import MAX_SEED
+
+PROG = "python -m experiments.reproduce"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line.
+
+    Raises:
+        ValueError: if a value is not usable, in one sentence.
+    """
+
+    claims: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CLAIM"), tyro.conf.Positional] = ()
+    """Claims to run, by their ids, or all; none lists them."""
+
+    quick: bool = False
+    """Run less of each claim: all of them take minutes."""
+
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Where the dataset's IDX files are."""
+
+    dataset: Annotated[str, tyro.conf.arg(metavar="|".join(data.NAMES))] = "auto"
+    """What to train on; the published figures are MNIST's."""
+
+    replicates: int | None = None
+    """Independent repetitions of each claim, instead of its own number."""
+
+    seed: int = 0
+    """Decides everything random."""
+
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Directory to create, or to go on in; by default runs/reproduce-DATASET-TIME."""
+
+    def __post_init__(self) -> None:
+        choose("dataset", self.dataset, data.NAMES)
+        if self.replicates is not None and self.replicates < 1:
+            raise ValueError(f"replicates is {self.replicates}: expected at least 1")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"seed is {self.seed}: expected 0 to {MAX_SEED}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status."""
+    console = Console()
+    path: Path | None = None
+    options = tyro.cli(Options, args=arguments, prog=PROG, description=__doc__)
+    try:
+        with signals.stopping() as check:
+            claims = load_claims()
+            if not options.claims:
+                console.print(verdicts.listing(claims.values()))
+                return 0
+            chosen = [choose("claim", name, [*claims, "all"]) for name in options.claims]
+            names = claims if "all" in chosen else dict.fromkeys(chosen)
+            dataset = load_data(options.dataset, options.data_dir, console)
+            devices.cache_programs(data.cache_directory() / "programs")
+            devices.open_cpus()
+            path = open_directory(options, dataset)
+            print_plain(console, f"directory: {path}")
+            run([claims[name] for name in names], options, dataset, path, console, check)
+            print_plain(console, f"report: {path / 'report.html'}")
+            return 0
+    except ValueError as error:
+        if path:
+            raise
+        print_plain(Console(stderr=True), f"error: {error}")
+        return 2
+    except (KeyboardInterrupt, signals.Terminated) as stop:
+        hint = f"; go on with: {_command(options, path)}" if path else ""
+        print_plain(Console(stderr=True), f"stopped{hint}")
+        return 130 if isinstance(stop, KeyboardInterrupt) else 143
+
+
+def open_directory(options: Options, dataset: Dataset) -> Path:
+    """Creates the directory of the results, or finds it as it should be.
+
+    Raises:
+        ValueError: if something else is there, or results with other settings.
+    """
+    path = (options.out or runs.default_path("reproduce", dataset.name)).expanduser()
+    settings = {"quick": options.quick, "replicates": options.replicates, "seed": options.seed}
+    found = {"name": dataset.name, "sha256": data.fingerprint(dataset)}
+    config = {
+        "experiment": settings,
+        "execution": {
+            "data_dir": options.data_dir and str(options.data_dir.expanduser().absolute())
+        },
+        "dataset": {**found, "requested": options.dataset},
+        **runs.provenance(),
+        **devices.describe(),
+    }
+    if not (path / "config.json").exists():
+        runs.create(path, config)
+        return path
+    saved = runs.read_config(path)
+    before = {**saved["experiment"], "data": saved["dataset"]["sha256"]}
+    now = {**settings, "data": found["sha256"]}
+    if before != now:
+        told = [
+            f"{name} was {before.get(name)}, now {now.get(name)}"
+            for name in {**before, **now}
+            if before.get(name) != now.get(name)
+        ]
+        raise ValueError(f"{path} holds results with other settings: {', '.join(told)}")
+    return path
+
+
+def run(
+    claims: Sequence[Claim],
+    options: Options,
+    dataset: Dataset,
+    path: Path,
+    console: Console,
+    check: Callable[[], None],
+) -> None:
+    """Runs what is not done yet, prints a line for each claim, and keeps the page up to date.
+
+    Args:
+        claims: which to run.
+        options: how.
+        dataset: on what.
+        path: where the results go.
+        console: where to show them.
+        check: called after each part of a claim; raises if the run is to stop.
+    """
+    costs = {claim.id: claim.seconds[0 if options.quick else 1] for claim in claims}
+    left = [claim for claim in claims if not (path / claim.id / verdicts.EVIDENCE).exists()]
+    total = sum(costs[claim.id] for claim in left)
+    told = f", {len(claims) - len(left)} done before" if len(left) < len(claims) else ""
+    duration = verdicts.format_seconds(total)
+    print_plain(console, f"{len(claims)} claims{told}, about {duration} on two cores")
+    begin, spent = time.perf_counter(), 0.0
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("time left"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    ) as progress:
+        task = progress.add_task("", total=total)
+        for claim in claims:
+            cost = costs[claim.id]
+            if claim in left:
+                progress.update(task, description=claim.id, completed=spent)
+
+                def advance(share: float, cost: float = cost) -> None:
+                    progress.advance(task, share * cost)
+                    check()
+
+                each = partial(_each, path / claim.id / "parts", advance)
+                settings = Settings(dataset, options.quick, options.replicates, options.seed, each)
+                start = time.perf_counter()
+                evidence = claim.run(settings)
+                verdicts.save(path, claim, evidence, time.perf_counter() - start)
+                jax.clear_caches()  # the next claim compiles programs of its own
+                spent += cost
+            line = verdicts.format_line(claim, path)
+            if 0 < spent < total:
+                pace = (time.perf_counter() - begin) / spent
+                line += f"; about {verdicts.format_seconds(pace * (total - spent))} left"
+            print_plain(console, line)
+            verdicts.write_page(path, _command(options, None))
+
+
+def _each(
+    directory: Path,
+    advance: Callable[[float], None],
+    parts: Sequence[str],
+    compute: Callable[[str], Any],
+) -> dict[str, Any]:
+    """`{part: compute(part)}`, where results that are in the directory already are read."""
+    results = {}
+    directory.mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        file = directory / f"{part.replace(' ', '-')}.json"
+        if not file.exists():
+            runs.write_bytes(file, json.dumps(compute(part)).encode())
+        results[part] = json.loads(file.read_text())
+        advance(1 / len(parts))
+    return results
+
+
+def _command(options: Options, path: Path | None) -> str:
+    """The command that runs the same again, without its claims where there is no path."""
+    words = [*PROG.split(), *(options.claims if path else ())]
+    if options.quick:
+        words.append("--quick")
+    default = Options()
+    for field in dataclasses.fields(Options):
+        value = getattr(options, field.name)
+        if field.name not in ("claims", "quick", "out") and value != getattr(default, field.name):
+            words += [f"--{field.name.replace('_', '-')}", str(value)]
+    return shlex.join([*words, *(["--out", str(path)] if path else [])])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

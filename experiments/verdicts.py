@@ -1,0 +1,151 @@
+"""What is shown of the claims: the list, a line as each ends, and the page."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE
+from rich.table import Table
+
+from experiments import runs
+from experiments.claims import Check, Claim, Evidence, Verdict, interval, judge, load_claims
+from experiments.report import figures
+from experiments.report.page import data_uri, render
+
+EVIDENCE = "evidence.json"
+
+
+def listing(claims: Iterable[Claim]) -> Table:
+    """What can be run, and what it costs."""
+    table = Table(title="Claims about batch normalization", title_justify="left", box=SIMPLE)
+    table.add_column("claim", no_wrap=True)
+    table.add_column("says")
+    for heading in ("quick", "full"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for claim in claims:
+        table.add_row(claim.id, claim.statement, *map(format_seconds, claim.seconds))
+    return table
+
+
+def save(path: Path, claim: Claim, evidence: Evidence, seconds: float) -> None:
+    """Writes a claim's evidence and picture into its directory."""
+    place = path / claim.id
+    place.mkdir(parents=True, exist_ok=True)
+    runs.write_bytes(place / "figure.png", figures.to_png(claim.draw(evidence)))
+    content = {**evidence._asdict(), "seconds": seconds}
+    runs.write_bytes(place / EVIDENCE, json.dumps(content).encode())
+
+
+def load(path: Path, claim: Claim) -> tuple[Evidence, float]:
+    """The evidence of a claim, and the seconds that it took."""
+    content = json.loads((path / claim.id / EVIDENCE).read_text())
+    seconds = content.pop("seconds")
+    return Evidence(**content), seconds
+
+
+def format_line(claim: Claim, path: Path) -> str:
+    """One line: the verdict, the claim, and what decided."""
+    evidence, seconds = load(path, claim)
+    verdict, each = judge(claim, evidence)
+    check = claim.checks[each.index(verdict)]
+    values = evidence.measured.get(check.quantity, [])
+    told = f"{check.quantity}: {format_values(values)}"
+    if check.published:
+        told += f" (published: {check.published})"
+    return f"{verdict:<13} {claim.id:<27} {told}, {format_seconds(seconds)}"
+
+
+def write_page(path: Path, command: str) -> None:
+    """Writes `report.html` and `verdicts.json` about all claims that have evidence.
+
+    Args:
+        path: the directory of the results.
+        command: what ran them, but for the claims' ids.
+    """
+    found = {
+        claim: load(path, claim)
+        for claim in load_claims().values()
+        if (path / claim.id / EVIDENCE).exists()
+    }
+    sections = [_section(path, claim, *told) for claim, told in found.items()]
+    counts = Counter(section["verdict"] for section in sections)
+    html = render(
+        "claims.html.j2",
+        command=command,
+        config=runs.read_config(path),
+        counts=[(verdict.value, counts[verdict]) for verdict in Verdict],
+        sections=sections,
+    )
+    runs.write_bytes(path / "report.html", html.encode())
+    verdicts = [
+        {"claim": section["claim"].id, "verdict": section["verdict"], "checks": section["rows"]}
+        for section in sections
+    ]
+    runs.write_json(path / "verdicts.json", {"verdicts": verdicts})
+
+
+def _section(path: Path, claim: Claim, evidence: Evidence, seconds: float) -> dict[str, Any]:
+    verdict, each = judge(claim, evidence)
+    rows = [_row(*pair, evidence) for pair in zip(claim.checks, each, strict=True)]
+    return {
+        "claim": claim,
+        "verdict": verdict,
+        "rows": rows,
+        "incomparable": evidence.incomparable,
+        "figure": data_uri((path / claim.id / "figure.png").read_bytes()),
+        "seconds": format_seconds(seconds),
+    }
+
+
+def _row(check: Check, verdict: Verdict, evidence: Evidence) -> dict[str, str]:
+    values = evidence.measured.get(check.quantity, [])
+    return {
+        "quantity": check.quantity,
+        "published": check.published,
+        "measured": format_values(values),
+        "interval": format_interval(values, predicted=check.rule == "predicted"),
+        "allowed": format_allowed(check),
+        "verdict": verdict.value if check.decides else "",
+    }
+
+
+def format_values(values: list[float]) -> str:
+    """`mean ± standard deviation (n = ...)`."""
+    found = np.asarray(values, np.float64)
+    if not len(found):
+        return "not measured"
+    with np.errstate(invalid="ignore"):
+        mean, sd = found.mean(), found.std(ddof=1) if len(found) > 1 else math.nan
+    spread = f" ± {sd:.2g}" if math.isfinite(sd) else ""
+    return f"{mean:.4g}{spread} (n = {len(found)})"
+
+
+def format_interval(values: list[float], *, predicted: bool) -> str:
+    """The 95 % interval that decides."""
+    low, high = interval(np.asarray(values, np.float64), predicted=predicted)
+    return f"{low:.4g} to {high:.4g}" if math.isfinite(low + high) else "none"
+
+
+def format_allowed(check: Check) -> str:
+    """The bounds of a check in words."""
+    if not check.decides:
+        return "shown only"
+    if check.rule == "predicted":
+        return f"{check.low:g} predicted"
+    each = "each " if check.rule == "each" else ""
+    if check.low == check.high:
+        return f"{each}{check.low:g}"
+    if not math.isfinite(check.high):
+        return f"{each}at least {check.low:.4g}"
+    if not math.isfinite(check.low):
+        return f"{each}at most {check.high:.4g}"
+    return f"{each}{check.low:.4g} to {check.high:.4g}"
+
+
+def format_seconds(seconds: float) -> str:
+    """`40 s` or `3 min`."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
