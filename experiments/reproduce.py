@@ -27,7 +27,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TextColumn
 
 from bnjax import data
 from bnjax.data import Dataset
@@ -168,39 +168,44 @@ def run(
     told = f", {len(claims) - len(left)} done before" if len(left) < len(claims) else ""
     duration = verdicts.format_seconds(total)
     print_plain(console, f"{len(claims)} claims{told}, about {duration} on two cores")
-    begin, spent = time.perf_counter(), 0.0
-    with Progress(
+    begin = time.perf_counter()
+    bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("time left"),
-        TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
         disable=not console.is_terminal,
         transient=True,
-    ) as progress:
-        task = progress.add_task("", total=total)
+    )
+    task = bar.add_task("", total=total)
+
+    def advance(claim: Claim, share: float) -> None:
+        bar.advance(task, share * costs[claim.id])
+        bar.update(task, description=f"{claim.id}{_time_left(bar.tasks[task], begin)}")
+        check()
+
+    with bar:
         for claim in claims:
-            cost = costs[claim.id]
+            done = ""
             if claim in left:
-                progress.update(task, description=claim.id, completed=spent)
-
-                def advance(share: float, cost: float = cost) -> None:
-                    progress.advance(task, share * cost)
-                    check()
-
-                each = partial(_each, path / claim.id / "parts", advance)
+                whole = bar.tasks[task].completed + costs[claim.id]
+                advance(claim, 0.0)
+                each = partial(_each, path / claim.id / "parts", partial(advance, claim))
                 settings = Settings(dataset, options.quick, options.replicates, options.seed, each)
                 start = time.perf_counter()
                 evidence = claim.run(settings)
                 verdicts.save(path, claim, evidence, time.perf_counter() - start)
+                bar.update(task, completed=whole)
                 jax.clear_caches()  # the next claim compiles programs of its own
-                spent += cost
-            line = verdicts.format_line(claim, path)
-            if 0 < spent < total:
-                pace = (time.perf_counter() - begin) / spent
-                line += f"; about {verdicts.format_seconds(pace * (total - spent))} left"
-            print_plain(console, line)
+                done = _time_left(bar.tasks[task], begin)
+            print_plain(console, verdicts.format_line(claim, path) + done)
             verdicts.write_page(path, _command(options, None))
+
+
+def _time_left(task: Task, begin: float) -> str:
+    """By the pace so far, once there is one; without it, by what the claims say."""
+    left = (task.total or 0) - task.completed
+    pace = (time.perf_counter() - begin) / task.completed if task.completed > left / 20 else 1.0
+    return f"; about {verdicts.format_seconds(pace * left)} left" if left > 0.5 else ""
 
 
 def _each(

@@ -74,6 +74,7 @@ def train_grid(
     *,
     epochs: int,
     batch_size: int,
+    at_start: Callable[[States], None] = lambda states: None,
     **fields: object,
 ) -> Iterator[Epoch]:
     """An MLP with batch normalization and its twin without, trained by SGD in every cell.
@@ -84,6 +85,7 @@ def train_grid(
         cells: C settings.
         keys: `[R]`.
         examples, test, epochs, batch_size: as in `train`.
+        at_start: sees the initial states, which the first epoch is given for its own.
         fields: of the `MLP`.
 
     Yields:
@@ -91,13 +93,12 @@ def train_grid(
     """
     optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)
     drawn = {"kernel_init": initializers.normal(1.0), **fields}
-    arms = [
-        Arm(name, models.MLP(use_batch_norm=use, **drawn), optimizer)  # type: ignore[arg-type]
-        for name, use in (("bn", True), ("no_bn", False))
-    ]
+    arms = [Arm(name, module, optimizer) for name, module in networks(**drawn).items()]
 
     def change(states: States) -> States:
-        return {name: _change(state, cells, len(keys)) for name, state in states.items()}
+        changed = {name: _change(state, cells, len(keys)) for name, state in states.items()}
+        at_start(changed)
+        return changed
 
     return train(
         arms,
@@ -142,6 +143,11 @@ def networks(**fields: object) -> dict[str, models.MLP]:
         "bn": models.MLP(use_batch_norm=True, **fields),  # type: ignore[arg-type]
         "no_bn": models.MLP(use_batch_norm=False, **fields),  # type: ignore[arg-type]
     }
+
+
+def epochs_of(steps: int, batch_size: int, examples: Batch) -> int:
+    """Epochs that come nearest to so many steps, at least one."""
+    return max(1, round(steps * batch_size / len(examples.labels)))
 
 
 def take(batch: Batch, count: int) -> Batch:

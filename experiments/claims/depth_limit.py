@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from bnjax import paired
 from experiments.claims import Check, Claim, Evidence, Settings, measured
 from experiments.report import figures
-from experiments.sweep import Cell, accuracy, by_cell, take, train_grid
+from experiments.sweep import Cell, accuracy, by_cell, epochs_of, take, train_grid
 
 DEPTHS = (5, 10, 20, 40)
 RATES = (0.001, 0.01, 0.1)
@@ -27,7 +27,7 @@ def run(settings: Settings) -> Evidence:
             keys,
             examples,
             settings.test,
-            epochs=1,
+            epochs=epochs_of(settings.either(100, 600), 100, examples),
             batch_size=100,
             hidden_sizes=(WIDTH,) * int(depth),
         )
@@ -61,8 +61,8 @@ CLAIM = Claim(
     statement="Batch normalization cannot train networks of arbitrary depth: its exploding "
     "gradients set a limit, beyond which accuracy falls to chance.",
     source="Yang et al., A mean field theory of batch normalization (2019), figure 2 (a)",
-    setup=f"Hidden layers of {WIDTH}, ReLU, He's initialization, SGD, batches of 100, one epoch "
-    f"(quick: 10,000 images), depths {', '.join(map(str, DEPTHS))}, the best of the learning rates "
+    setup=f"Hidden layers of {WIDTH}, ReLU, He's initialization, 600 steps of SGD on batches of "
+    f"100 (quick: 100), depths {', '.join(map(str, DEPTHS))}, the best of the learning rates "
     f"{', '.join(f'{rate:g}' for rate in RATES)}. The paper goes to depth 100 and more epochs.",
     criterion=f"With batch normalization, the mean of the best accuracy at depth {DEPTHS[-1]} is "
     f"at least 20 points below that at depth {DEPTHS[0]}.",

@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 from bnjax import models, paired
 from experiments.claims import Check, Claim, Evidence, Settings, around, measured
 from experiments.report import figures
-from experiments.sweep import ACTIVATION_NAMES, Cell, accuracy, train_grid
+from experiments.sweep import ACTIVATION_NAMES, Cell, accuracy, epochs_of, train_grid
 
 STEPS, BATCH, STD = 50_000, 60, 0.05
 ARMS = {"no_bn": "without BN", "bn": "with BN"}
@@ -20,7 +20,7 @@ PUBLISHED = {  # activation, rate: accuracy without and with batch normalization
 
 def run(settings: Settings) -> Evidence:
     """Test accuracy in each cell while it trains."""
-    full = max(1, round(STEPS * BATCH / len(settings.train.labels)))
+    full = epochs_of(STEPS, BATCH, settings.train)
     epochs = settings.either(min(4, full), full)
     replicates = settings.count(2, 3)
     keys = paired.replicate_keys(settings.seed, replicates)

@@ -1,6 +1,7 @@
 """Figure 1 of the paper: sooner and higher accuracy, and steadier inputs of the last sigmoid."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,15 +11,15 @@ from bnjax import diagnostics, models, paired
 from bnjax.training import Batch
 from experiments.claims import Check, Claim, Evidence, Settings, measured
 from experiments.report import figures
-from experiments.sweep import Cell, accuracy, networks, take, train_grid
+from experiments.sweep import Cell, accuracy, epochs_of, networks, take, train_grid
 
 STEPS, BATCH, RATE, STD = 50_000, 60, 0.1, 0.1
-FIELDS = {"hidden_sizes": (100,) * 3, "activation": models.activation("sigmoid")}
+FIELDS: dict[str, Any] = {"hidden_sizes": (100,) * 3, "activation": models.activation("sigmoid")}
 
 
 def run(settings: Settings) -> Evidence:
     """Accuracy and percentiles after every epoch of 1,000 steps."""
-    full = max(1, round(STEPS * BATCH / len(settings.train.labels)))
+    full = epochs_of(STEPS, BATCH, settings.train)
     epochs = settings.either(min(10, full), full)
     replicates = settings.count(3, 5)
     keys = paired.replicate_keys(settings.seed, replicates)

@@ -13,7 +13,16 @@ from bnjax import diagnostics, models, paired
 from bnjax.training import Batch
 from experiments.claims import Check, Claim, Evidence, Settings, measured
 from experiments.report import figures
-from experiments.sweep import ACTIVATION_NAMES, Cell, accuracy, by_cell, networks, take, train_grid
+from experiments.sweep import (
+    ACTIVATION_NAMES,
+    Cell,
+    accuracy,
+    by_cell,
+    epochs_of,
+    networks,
+    take,
+    train_grid,
+)
 
 DEPTH, WIDTH = 10, 64
 INITS = {
@@ -23,11 +32,17 @@ INITS = {
 }
 RATES = (0.01, 0.1, 1.0)
 GRID = list(product(INITS, RATES))
+DRAWN = (
+    ("sigmoid", "small", "no_bn", "--"),
+    ("sigmoid", "Xavier", "no_bn", ":"),
+    ("relu", "He", "no_bn", "-"),
+    ("sigmoid", "small", "bn", "-"),
+)
 LAYERS = [f"Dense_{k}" for k in range(DEPTH + 1)]
 
 
 def run(settings: Settings) -> Evidence:
-    """Test accuracy and gradient norms of every combination, after training."""
+    """Gradient norms of every combination before and after training, and test accuracy."""
     keys = paired.replicate_keys(settings.seed, settings.count(3, 5))
     train = take(settings.train, settings.either(20_000, 60_000))
     probed = take(settings.train, 500)
@@ -35,18 +50,29 @@ def run(settings: Settings) -> Evidence:
     def measure(activation: str) -> dict[str, dict[str, list]]:
         fields = {"hidden_sizes": (WIDTH,) * DEPTH, "activation": models.activation(activation)}
         cells = [Cell(rate, INITS[init]) for init, rate in GRID]
-        *_, last = train_grid(cells, keys, train, settings.test, epochs=1, batch_size=100, **fields)
-        found = {}
+        found: dict[str, dict[str, list]] = {arm: {} for arm in networks()}
+
+        def look(when: str, states: paired.States) -> None:
+            for arm, module in networks(**fields).items():
+                norms = np.log(_gradient_norms(module, states[arm].variables, probed))
+                found[arm][when] = np.exp(by_cell(norms, cells).mean(axis=1)).tolist()
+
+        *_, last = train_grid(
+            cells,
+            keys,
+            train,
+            settings.test,
+            epochs=epochs_of(settings.either(200, 600), 100, train),
+            batch_size=100,
+            at_start=partial(look, "before"),
+            **fields,
+        )
+        look("after", last.states)
         for arm, values in accuracy(last).items():
-            norms = _gradient_norms(networks(**fields)[arm], last.states[arm].variables, probed)
-            found[arm] = {
-                "accuracy": by_cell(values, cells).tolist(),
-                "norms": np.exp(by_cell(np.log(np.asarray(norms)), cells).mean(axis=1)).tolist(),
-            }
+            found[arm]["accuracy"] = by_cell(values, cells).tolist()
         return found
 
     by_activation = settings.each(list(ACTIVATION_NAMES), measure)
-
     values = [
         by_activation[activation][arm]["accuracy"][GRID.index((init, rate))]
         for activation, init, rate, arm in SETTINGS.values()
@@ -67,7 +93,8 @@ def _gradient_norms(model: models.MLP, variables: diagnostics.Variables, batch: 
 
 def draw(evidence: Evidence) -> Figure:
     """Accuracy as a heat map, and the gradient norms of the vanishing network and its remedies."""
-    figure, row = figures.panels(["Without BN", "With BN", "Gradient norm after training"])
+    titles = ("Without BN", "With BN", "Gradient norm before training", "... after training")
+    figure, row = figures.panels(titles, width=3.6)
     names = list(ACTIVATION_NAMES)
     ticks = [f"{ACTIVATION_NAMES[name]}, {init}" for name in names for init in INITS]
     for axes, arm in zip(row, ("no_bn", "bn"), strict=False):
@@ -79,17 +106,14 @@ def draw(evidence: Evidence) -> Figure:
         axes.set_xticks(range(len(RATES)), [f"{rate:g}" for rate in RATES])
         axes.set_yticks(range(len(ticks)), ticks if arm == "no_bn" else [])
         axes.set_xlabel("learning rate; test accuracy in percent")
-    for name, init, arm, style in (
-        ("sigmoid", "small", "no_bn", "--"),
-        ("sigmoid", "Xavier", "no_bn", ":"),
-        ("relu", "He", "no_bn", "-"),
-        ("sigmoid", "small", "bn", "-"),
-    ):
-        norms = evidence.picture[name][arm]["norms"][GRID.index((init, 0.1))]
-        label = f"{ACTIVATION_NAMES[name]}, {init}, {figures.LABELS[arm]}"
-        color = figures.STYLES[arm]["color"]
-        row[2].semilogy(range(1, DEPTH + 2), norms, style, color=color, label=label)
-    row[2].set_xlabel("layer, from the input on; learning rate 0.1")
+    for axes, when in zip(row[2:], ("before", "after"), strict=True):
+        for name, init, arm, style in DRAWN:
+            norms = evidence.picture[name][arm][when][GRID.index((init, 0.1))]
+            label = f"{ACTIVATION_NAMES[name]}, {init}, {figures.LABELS[arm]}"
+            color = figures.STYLES[arm]["color"]
+            axes.semilogy(range(1, DEPTH + 2), norms, style, color=color, label=label)
+        axes.set_xlabel("layer, from the input on; learning rate 0.1")
+        axes.sharey(row[2])
     row[2].legend(frameon=False, fontsize=7)
     return figure
 
@@ -123,8 +147,8 @@ CLAIM = Claim(
     "or by batch normalization; exploding ones by a small learning rate or by batch "
     "normalization.",
     source="boostcourse and Lab 10 notebooks, Gradient vanishing / exploding: solutions",
-    setup=f"{DEPTH} hidden layers of {WIDTH}, SGD, batches of 100, one epoch (quick: 20,000 "
-    "images), every combination of sigmoid, tanh, ReLU; normal initial weights of 0.01, "
+    setup=f"{DEPTH} hidden layers of {WIDTH}, 600 steps of SGD on batches of 100 (quick: "
+    "200), every combination of sigmoid, tanh, ReLU; normal initial weights of 0.01, "
     f"Xavier's, He's; learning rates {', '.join(f'{rate:g}' for rate in RATES)}; with and without "
     "batch normalization.",
     criterion="A network that does not train (mean test accuracy below 25 %) does so (50 % or "
