@@ -51,7 +51,8 @@ def format_line(claim: Claim, path: Path) -> str:
     """One line: the verdict, the claim, and what decided."""
     evidence, seconds = load(path, claim)
     verdict, each = judge(claim, evidence)
-    check = claim.checks[each.index(verdict)]
+    pairs = zip(claim.checks, each, strict=True)
+    check = next(check for check, found in pairs if found == verdict and check.decides)
     values = evidence.measured.get(check.quantity, [])
     told = f"{check.quantity}: {format_values(values)}"
     if check.published:
@@ -135,7 +136,7 @@ def format_allowed(check: Check) -> str:
     if not check.decides:
         return "shown only"
     if check.rule == "predicted":
-        return f"{check.low:g} predicted"
+        return f"{check.low:.10g} predicted"
     each = "each " if check.rule == "each" else ""
     if check.low == check.high:
         return f"{each}{check.low:g}"

@@ -71,6 +71,7 @@ def test_every_loop_trains_and_evaluates(job, module, monkeypatch):
         assert min(*call(), *call()) > 0
 
 
+@pytest.mark.slow
 def test_each_contender_has_its_own_process(job):
     contenders = {
         name: (loops.bnjax, job._replace(replicates=r)) for name, r in (("a", 1), ("b", 2))
@@ -103,6 +104,7 @@ def test_a_command_is_watched_from_its_start():
         benchmark._watch([sys.executable, "-c", "raise SystemExit(3)"], {})
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(operation, "SIZES", ((8, 2), (16, 4)))
     monkeypatch.setattr(benchmark, "REPLICATES", (1,))

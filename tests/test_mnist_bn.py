@@ -341,6 +341,7 @@ class TestReproducibility:
         assert "±" in three.result.out
         assert "±" in References((three.path / "report.html").read_text()).text
 
+    @pytest.mark.slow
     def test_numbers_do_not_depend_on_the_devices(self, process, three, tmp_path):
         out = tmp_path / "run"
         arguments = *SMALL, *DIGITS, "--epochs", 2, "--replicates", 3, "--out", out

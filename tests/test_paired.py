@@ -201,6 +201,7 @@ def x64_everywhere():
     jax.config.update("jax_enable_x64", before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64_everywhere")
 def test_replicates_at_once_are_exact_in_float64(monkeypatch):
     lanes, keys = separate_lanes(), paired.replicate_keys(0, 3)

@@ -87,7 +87,8 @@ class Check:
             return Verdict.PASS if np.all(self._allows(found)) else Verdict.FAIL
         low, high = interval(found, predicted=self.rule == "predicted")
         if not (math.isfinite(low) and math.isfinite(high)):  # one replicate, or infinite values
-            outside = len(found) > 1 and np.all(~self._allows(found) & ~np.isnan(found))
+            beyond = ~self._allows(found) & ~np.isnan(found)
+            outside = self.rule == "mean" and len(found) > 1 and np.all(beyond)
             return Verdict.FAIL if outside else Verdict.INCONCLUSIVE
         if self.rule == "predicted":
             return Verdict.PASS if low <= self.low and self.high <= high else Verdict.FAIL
@@ -107,13 +108,13 @@ def measured(checks: Iterable[Check], values: Iterable[ArrayLike]) -> dict[str, 
 
 def predicted(quantity: str, figure: float) -> Check:
     """A check that a published figure lies within the prediction interval of the replicates."""
-    return Check(quantity, f"{figure:g}", figure, figure, "predicted", original=True)
+    return Check(quantity, f"{figure:.10g}", figure, figure, "predicted", original=True)
 
 
 def around(quantity: str, figure: float, tolerance: float, *, original: bool = False) -> Check:
     """A check that the mean is within `tolerance` of the published figure."""
     low, high = figure - tolerance, figure + tolerance
-    return Check(quantity, f"{figure:g}", low, high, original=original)
+    return Check(quantity, f"{figure:.4g}", low, high, original=original)
 
 
 def interval(values: np.ndarray, *, predicted: bool = False) -> tuple[float, float]:

@@ -91,7 +91,7 @@ def _biases(x: Array, key: Array) -> tuple[Array, Array]:
         m (1 - E[running variance] / population variance) after many batches, expected to be 1; and
         (E[running variance after t batches] - its limit) / (1 - its limit) / momentum^t, as well.
     """
-    x = x - x.mean(axis=0)
+    x = x - x.mean(axis=0, keepdims=True)
     fresh = BatchStats(jnp.zeros(x.shape[1]), jnp.ones(x.shape[1]))
 
     def stream(key: Array) -> Array:
