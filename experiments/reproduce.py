@@ -36,8 +36,9 @@ from experiments import devices, runs, signals, verdicts
 from experiments.claims import Claim, Settings, load_claims
 from experiments.console import print_plain
 from experiments.plan import load_data
-from experiments.presets import MAX_SEED
+from experiments.presets import MAX_SEED, PRESETS, Experiment
 
+FEWEST = 512
 PROG = "python -m experiments.reproduce"
 
 
@@ -92,14 +93,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             chosen = [choose("claim", name, [*claims, "all"]) for name in options.claims]
             names = claims if "all" in chosen else dict.fromkeys(chosen)
             dataset = load_data(options.dataset, options.data_dir, console)
+            check_data(dataset)
             devices.cache_programs(data.cache_directory() / "programs")
             devices.open_cpus()
+            jax.config.update("jax_default_matmul_precision", Experiment.matmul_precision)
             path = open_directory(options, dataset)
             print_plain(console, f"directory: {path}")
             run([claims[name] for name in names], options, dataset, path, console, check)
             print_plain(console, f"report: {path / 'report.html'}")
             return 0
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if path:
             raise
         print_plain(Console(stderr=True), f"error: {error}")
@@ -108,6 +111,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"; go on with: {_command(options, path)}" if path else ""
         print_plain(Console(stderr=True), f"stopped{hint}")
         return 130 if isinstance(stop, KeyboardInterrupt) else 143
+
+
+def check_data(dataset: Dataset) -> None:
+    """Refuses data that some claim could not be tried on.
+
+    Raises:
+        ValueError: if there are too few images, or a preset would meet a batch of one.
+    """
+    found = len(dataset.train_labels)
+    if found < FEWEST:
+        raise ValueError(f"{dataset.name} has {found} training images: claims need {FEWEST}")
+    for preset in PRESETS.values():
+        preset().check_against(dataset)
 
 
 def open_directory(options: Options, dataset: Dataset) -> Path:
@@ -119,28 +135,29 @@ def open_directory(options: Options, dataset: Dataset) -> Path:
     path = (options.out or runs.default_path("reproduce", dataset.name)).expanduser()
     settings = {"quick": options.quick, "replicates": options.replicates, "seed": options.seed}
     found = {"name": dataset.name, "sha256": data.fingerprint(dataset)}
+    origin = {**runs.provenance(), **devices.describe()}
     config = {
         "experiment": settings,
         "execution": {
             "data_dir": options.data_dir and str(options.data_dir.expanduser().absolute())
         },
         "dataset": {**found, "requested": options.dataset},
-        **runs.provenance(),
-        **devices.describe(),
+        **origin,
     }
     if not (path / "config.json").exists():
         runs.create(path, config)
         return path
     saved = runs.read_config(path)
+    if saved["experiment"].keys() != settings.keys():
+        raise ValueError(f"{path} holds another kind of run: choose another directory for --out")
     before = {**saved["experiment"], "data": saved["dataset"]["sha256"]}
     now = {**settings, "data": found["sha256"]}
     if before != now:
-        told = [
-            f"{name} was {before.get(name)}, now {now.get(name)}"
-            for name in {**before, **now}
-            if before.get(name) != now.get(name)
-        ]
+        changed = [name for name in now if before[name] != now[name]]
+        told = [f"{name} was {before[name]}, now {now[name]}" for name in changed]
         raise ValueError(f"{path} holds results with other settings: {', '.join(told)}")
+    saved["resumed"] = [*saved.get("resumed", []), origin]
+    runs.write_json(path / "config.json", saved)
     return path
 
 
@@ -189,9 +206,10 @@ def run(
             if claim in left:
                 whole = bar.tasks[task].completed + costs[claim.id]
                 advance(claim, 0.0)
-                each = partial(_each, path / claim.id / "parts", partial(advance, claim))
+                parts = path / claim.id / "parts"
+                each = partial(_each, parts, partial(advance, claim))
                 settings = Settings(dataset, options.quick, options.replicates, options.seed, each)
-                start = time.perf_counter()
+                start = time.perf_counter() - _seconds_before(parts)
                 evidence = claim.run(settings)
                 verdicts.save(path, claim, evidence, time.perf_counter() - start)
                 bar.update(task, completed=whole)
@@ -220,10 +238,17 @@ def _each(
     for part in parts:
         file = directory / f"{part.replace(' ', '-')}.json"
         if not file.exists():
-            runs.write_bytes(file, json.dumps(compute(part)).encode())
-        results[part] = json.loads(file.read_text())
+            start = time.perf_counter()
+            result = runs.null_for_nan(compute(part))
+            runs.write_json(file, {"seconds": time.perf_counter() - start, "result": result})
+        results[part] = runs.nan_for_null(json.loads(file.read_text())["result"])
         advance(1 / len(parts))
     return results
+
+
+def _seconds_before(directory: Path) -> float:
+    """What the parts took that an earlier start has done."""
+    return sum(json.loads(file.read_text())["seconds"] for file in directory.glob("*.json"))
 
 
 def _command(options: Options, path: Path | None) -> str:

@@ -144,7 +144,7 @@ def _git_commit() -> str | None:
 
 def append_metrics(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Appends lines to `metrics.jsonl`; what is not finite becomes `null`."""
-    text = "".join(json.dumps(_finite(line), allow_nan=False) + "\n" for line in lines)
+    text = "".join(json.dumps(null_for_nan(line), allow_nan=False) + "\n" for line in lines)
     with (path / "metrics.jsonl").open("a") as file:
         file.write(text)
         file.flush()
@@ -168,11 +168,22 @@ def truncate_metrics(path: Path, epochs: int) -> None:
     write_bytes(file, "".join(kept).encode())
 
 
-def _finite(line: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: None if isinstance(value, float) and not _is_finite(value) else value
-        for key, value in line.items()
-    }
+def null_for_nan(value: Any) -> Any:
+    """JSON's values with `None` in place of floats that are not finite, which JSON cannot hold."""
+    if isinstance(value, Mapping):
+        return {key: null_for_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [null_for_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def nan_for_null(value: Any) -> Any:
+    """JSON's values with NaN in place of `None`."""
+    if isinstance(value, dict):
+        return {key: nan_for_null(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [nan_for_null(item) for item in value]
+    return math.nan if value is None else value
 
 
 def _is_finite(value: float | None) -> bool:

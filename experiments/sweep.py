@@ -17,6 +17,10 @@ from experiments import devices
 ACTIVATION_NAMES = {"relu": "ReLU", "sigmoid": "sigmoid", "tanh": "tanh"}
 
 
+UNIT_NORMAL = initializers.normal(1.0)
+SGD = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)
+
+
 class Cell(NamedTuple):
     """One setting of a grid.
 
@@ -91,9 +95,8 @@ def train_grid(
     Yields:
         Epochs whose leading axis, of length C R, `by_cell` unfolds.
     """
-    optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)
-    drawn = {"kernel_init": initializers.normal(1.0), **fields}
-    arms = [Arm(name, module, optimizer) for name, module in networks(**drawn).items()]
+    drawn = networks(kernel_init=UNIT_NORMAL, **fields)
+    arms = [Arm(name, module, SGD) for name, module in drawn.items()]
 
     def change(states: States) -> States:
         changed = {name: _change(state, cells, len(keys)) for name, state in states.items()}

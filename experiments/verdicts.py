@@ -36,13 +36,13 @@ def save(path: Path, claim: Claim, evidence: Evidence, seconds: float) -> None:
     place = path / claim.id
     place.mkdir(parents=True, exist_ok=True)
     runs.write_bytes(place / "figure.png", figures.to_png(claim.draw(evidence)))
-    content = {**evidence._asdict(), "seconds": seconds}
-    runs.write_bytes(place / EVIDENCE, json.dumps(content).encode())
+    content = runs.null_for_nan({**evidence._asdict(), "seconds": seconds})
+    runs.write_json(place / EVIDENCE, content)
 
 
 def load(path: Path, claim: Claim) -> tuple[Evidence, float]:
     """The evidence of a claim, and the seconds that it took."""
-    content = json.loads((path / claim.id / EVIDENCE).read_text())
+    content = runs.nan_for_null(json.loads((path / claim.id / EVIDENCE).read_text()))
     seconds = content.pop("seconds")
     return Evidence(**content), seconds
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bnjax import data
 from experiments import devices, reproduce, runs, verdicts
 from experiments.claims import Check, Claim, Evidence, load_claims
 from experiments.report import figures
@@ -199,6 +200,26 @@ class TestMistakes:
         assert re.search("data was [0-9a-f]{64}, now [0-9a-f]{64}\n", capsys.readouterr().err)
         assert contents(settled) == before
 
+    def test_another_kind_of_run_is_named(self, capsys, tmp_path):
+        config = {"experiment": {"preset": "lab10"}, "execution": {}}
+        config["dataset"] = {"name": "digits", "requested": "digits", "sha256": "0"}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert call(REAL.id, *DIGITS, "--out", tmp_path) == 2
+        assert "holds another kind of run" in plain(capsys.readouterr().err)
+
+    @pytest.mark.parametrize(
+        ("count", "message"), [(511, "claims need 512"), (577, "would hold one example")]
+    )
+    def test_too_few_images(self, capsys, tmp_path, monkeypatch, count, message):
+        digits = data.load("digits")
+        few = digits._replace(
+            train_images=digits.train_images[:count], train_labels=digits.train_labels[:count]
+        )
+        monkeypatch.setattr(reproduce, "load_data", lambda *_: few)
+        assert call(REAL.id, "--out", tmp_path / "out") == 2
+        assert message in plain(capsys.readouterr().err)
+        assert list(tmp_path.iterdir()) == []
+
     @pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
     def test_damaged_configuration(self, capsys, tmp_path, text):
         (tmp_path / "config.json").write_text(text)
@@ -316,6 +337,20 @@ def test_all_means_every_claim_once(capsys, tmp_path, offer):
     assert call("made-up-1", "all", *DIGITS, "--out", tmp_path / "out") == 0
     assert [computed for _, computed in claims] == [["0"]] * 3
     assert "3 claims, about 5 min on two cores" in capsys.readouterr().out
+
+
+def test_what_is_not_finite_is_null(tmp_path, offer):
+    claim, _ = fake({"0": 1.0, "1": float("nan"), "2": float("inf")})
+    offer(claim)
+    assert call(claim.id, *DIGITS, "--out", tmp_path / "out") == 0
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    for file in (tmp_path / "out").rglob("*.json"):
+        json.loads(file.read_text(), parse_constant=refuse)
+    verdict = json.loads((tmp_path / "out" / "verdicts.json").read_text())["verdicts"][0]
+    assert verdict["verdict"] == "INCONCLUSIVE"
 
 
 def test_directory_has_a_name_of_its_own(capsys, tmp_path, monkeypatch, offer):

@@ -85,7 +85,7 @@ class TestPlace:
             path.mkdir(parents=True)
         runs.create(path, {"a": 1})
         assert json.loads((path / "config.json").read_text()) == {"a": 1}
-        assert {file.name for file in path.iterdir()} == {"config.json", "probes"}
+        assert {file.name for file in path.iterdir()} == {"config.json"}
         assert list(path.parent.iterdir()) == [path]
 
     def test_leaves_nothing_when_it_cannot_appear(self, tmp_path):

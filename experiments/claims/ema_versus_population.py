@@ -138,13 +138,13 @@ CLAIM = Claim(
     "samples is lower than from all, from 1,000 within half a point, and so are the running "
     "statistics.",
     checks=(
-        Check("bias of the running variance times m", "1", 0.9, 1.1),
-        Check(f"start left after {EARLY} batches over momentum^{EARLY}", "1", 0.9, 1.1),
+        Check("bias of the running variance times m", "1, in theory", 0.9, 1.1),
+        Check(f"start left after {EARLY} batches over momentum^{EARLY}", "1, in theory", 0.9, 1.1),
         Check("accuracy from 10 samples minus from all, points", "below 0", high=0.0),
         Check("accuracy from 1,000 samples minus from all, points", "about 0", -0.5, 0.5),
         Check("accuracy with running statistics minus from all, points", "about 0", -0.5, 0.5),
     ),
-    seconds=(40, 120),
+    seconds=(18, 40),
     run=run,
     draw=draw,
 )

@@ -63,7 +63,7 @@ CLAIM = Claim(
         Check("good scales of 16, with BN", ""),
         Check("good scales of 16, without BN", ""),
     ),
-    seconds=(15, 30),
+    seconds=(15, 70),
     run=run,
     draw=draw,
 )

@@ -15,6 +15,7 @@ from experiments.report import figures
 from experiments.sweep import take, train
 
 PRESET = Lab10()
+ARMS = make_arms(PRESET)
 PRINTED = {
     "bn": (0.04811, 0.04370, 0.04125, 0.04038, 0.04072, 0.03541, 0.03800, 0.02959),
     "no_bn": (0.04808, 0.04369, 0.04125, 0.04035, 0.04070, 0.03537, 0.03796, 0.02945),
@@ -51,7 +52,7 @@ def run(settings: Settings) -> Evidence:
 
 def _as_published(key: Array, examples: Batch, epochs: int) -> list[list[float]]:
     """For each epoch, both columns, what should lie between them, and its error at most."""
-    arm, _ = make_arms(PRESET)
+    arm, _ = ARMS
     examples = jax.tree.map(jnp.asarray, examples)
     init_key = paired.derive(key, "init bn")
     state = training.create_state(arm.module, arm.optimizer, init_key, examples.images[:2])
@@ -99,7 +100,7 @@ def _validate(state: TrainState, examples: Batch, last: Array) -> tuple[Array, .
 def _as_meant(key: Array, settings: Settings, epochs: int) -> list[list[float]]:
     """Test loss of both networks after each epoch."""
     trained = train(
-        make_arms(PRESET),
+        ARMS,
         key[None],
         settings.train,
         settings.test,
@@ -143,11 +144,13 @@ CLAIM = Claim(
     "batches, up to the rounding of float32 sums (half an ulp for each addition), in every epoch "
     "of every replicate. As meant, batch normalization has the lower loss in every replicate.",
     checks=(
-        Check("error of that difference, in units of its bound", "0 to 1", 0.0, 1.0, "each"),
+        Check("error of that difference, in units of its bound", "", 0.0, 1.0, "each"),
         Check("difference of the columns as published, in nats", "0 to 0.00014"),
         Check("test loss, without minus with BN, in nats", "above 0", low=0.0, rule="each"),
     ),
-    seconds=(25, 100),
+    seconds=(15, 80),
     run=run,
     draw=draw,
+    remark="On MNIST the printed losses begin, at 0.048, about where those measured here end "
+    "after 11 epochs. The notebook numbers the cell 14, after 8: it had probably been run before.",
 )

@@ -29,7 +29,7 @@ class NoisyBatchNorm(nn.Module):
         y = s x + m,   s ~ N(sigma, 0.1),   m ~ U(mu - 0.1, mu + 0.1) for each value,
         sigma ~ U(1, 1.25),   mu ~ U(-0.5, 0.5) for each unit and step; their means in evaluation
 
-    Source: Santurkar et al. (2018), section 2.2 and appendix A.
+    Source: Santurkar et al. (2018), section 2.1 and appendix A.
     """
 
     use_running_average: bool
@@ -138,15 +138,15 @@ CLAIM = Claim(
     "step. The paper trains VGG on CIFAR-10.",
     criterion="Means over replicates: range of the loss and largest change of the gradient, "
     "averaged over the epochs in which both are finite, are smaller with batch normalization; "
-    "test accuracy with noise is higher than without batch normalization, and within 1 point of "
-    "that with it.",
+    "test accuracy with noise is higher than without batch normalization, and at most 1 point "
+    "lower than with it.",
     checks=(
         Check("range of the loss, ratio with BN to without", "below 1", high=1.0),
         Check("change of the gradient, ratio with BN to without", "below 1", high=1.0),
         Check("test accuracy, noisy BN minus no BN, points", "above 0", low=0.0),
-        Check("test accuracy, noisy BN minus BN, points", "about 0", -1.0, 1.0),
+        Check("test accuracy, noisy BN minus BN, points", "about 0", low=-1.0),
     ),
-    seconds=(30, 150),
+    seconds=(25, 140),
     run=run,
     draw=draw,
 )

@@ -90,16 +90,16 @@ def _compare(by_arm: dict[str, dict[str, np.ndarray]]) -> list[np.ndarray]:
 
 
 def _first(accuracy: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """The first epoch of each replicate that reaches each of its levels; infinity if none does."""
+    """The first epoch of each replicate to reach each of its levels, or one more than there are."""
     reached = accuracy[:, None] >= levels[:, :, None]  # [R, levels, epochs]
-    return np.where(reached.any(axis=2), reached.argmax(axis=2) + 1, np.inf)
+    return np.where(reached.any(axis=2), reached.argmax(axis=2) + 1, 1 + reached.shape[2])
 
 
 def draw(evidence: Evidence) -> Figure:
     """The three panels of the paper's figure."""
     titles = ("(a) Test accuracy", "(b) Without BN", "(c) With BN")
     figure, (first, *others) = figures.panels(titles)
-    steps = evidence.picture["steps"]
+    steps = np.array(evidence.picture["steps"]) / 1000
     for arm, values in evidence.picture["accuracy"].items():
         figures.draw_band(first, arm, steps, values, marker="")
     first.set_ylabel("percent")
@@ -112,7 +112,7 @@ def draw(evidence: Evidence) -> Figure:
         axes.sharey(others[0])
     others[0].set_ylabel("15th, 50th, 85th percentile of a last unit's input")
     for axes in (first, *others):
-        axes.set_xlabel("steps")
+        axes.set_xlabel("thousand steps")
     return figure
 
 
@@ -120,24 +120,25 @@ CLAIM = Claim(
     id="paper-figure-1",
     statement="Batch normalization trains faster and to a higher accuracy, and makes the "
     "distribution of the inputs of a sigmoid more stable while training goes on.",
-    source="Ioffe & Szegedy (2015), section 4.1 and figure 1",
+    source="Ioffe & Szegedy (2015), section 4.1 and figure 1; Santurkar et al. (2018), section "
+    "2, doubt that the inputs get steadier",
     setup=f"784-100-100-100-10, sigmoid, normal initial weights of {STD}, batches of {BATCH}, "
     f"{STEPS:,} steps of SGD. The paper gives neither the learning rate, here {RATE}, nor the "
     "scale of the weights. Drift is the range of a percentile over training, after the first "
     "epoch, averaged over the 15th, 50th and 85th of all 100 units of the last hidden layer, as "
     "1,000 test images see them.",
-    criterion="Means over replicates, evaluated every 1,000 steps: with batch normalization no "
+    criterion="Evaluated every 1,000 steps: with batch normalization, in every replicate no "
     "accuracy that the network without it reaches takes more steps, and its best takes fewer; "
     "the last accuracy is higher; the drift is smaller, as the paper draws it and in units of "
     "each unit's own spread.",
     checks=(
-        Check("steps to any accuracy, largest ratio with BN to without", "below 1", high=1.0),
+        Check("steps to any accuracy, largest ratio", "never later", high=1.0, rule="each"),
         Check("steps to the best accuracy without BN, ratio", "below 1", high=1.0),
         Check("last test accuracy, difference in points", "above 0", low=0.0),
         Check("drift of the percentiles, ratio with BN to without", "below 1", high=1.0),
         Check("drift in units of the spread, ratio", "below 1", high=1.0),
     ),
-    seconds=(30, 150),
+    seconds=(20, 180),
     run=run,
     draw=draw,
 )

@@ -66,7 +66,7 @@ CLAIM = Claim(
         Check("effective rank without BN", "1"),
         Check("cosine of two images without BN", "1"),
     ),
-    seconds=(10, 15),
+    seconds=(9, 20),
     run=run,
     draw=draw,
 )

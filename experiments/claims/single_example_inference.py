@@ -94,10 +94,10 @@ CLAIM = Claim(
         Check("images in the commonest class in %, fed twice", "all", 100.0, 100.0, "each"),
         Check("one image alone in training mode is refused", "an error", 1.0, 1.0, "each"),
         Check("test accuracy in %, population statistics", "97", low=93.0, original=True),
-        Check("test accuracy in %, fed twice", "5 to 15"),
+        Check("test accuracy in %, fed twice", ""),
         Check("predictions in %, changed by training mode in 100 images", ""),
     ),
-    seconds=(15, 30),
+    seconds=(9, 35),
     run=run,
     draw=draw,
 )

@@ -122,11 +122,12 @@ def _ink(value: float) -> str:
     return "black" if value > 60 else "white"
 
 
+TOGETHER = "... with ReLU and He's initialization"
 SETTINGS = {
     "vanishing: sigmoid, small, rate 0.1": ("sigmoid", "small", 0.1, "no_bn"),
     "... with ReLU": ("relu", "small", 0.1, "no_bn"),
     "... with Xavier's initialization": ("sigmoid", "Xavier", 0.1, "no_bn"),
-    "... with ReLU and He's initialization": ("relu", "He", 0.1, "no_bn"),
+    TOGETHER: ("relu", "He", 0.1, "no_bn"),
     "... with batch normalization": ("sigmoid", "small", 0.1, "bn"),
     "exploding: ReLU, He, rate 1": ("relu", "He", 1.0, "no_bn"),
     "... with rate 0.1": ("relu", "He", 0.1, "no_bn"),
@@ -136,6 +137,8 @@ SETTINGS = {
 
 def _check(setting: str) -> Check:
     quantity = f"test accuracy in %, {setting}"
+    if setting == TOGETHER:
+        return Check(quantity, "")
     if setting.startswith("..."):
         return Check(quantity, "trains", low=50.0)
     return Check(quantity, "does not train", high=25.0)
@@ -154,7 +157,9 @@ CLAIM = Claim(
     criterion="A network that does not train (mean test accuracy below 25 %) does so (50 % or "
     "more) with each single remedy.",
     checks=tuple(_check(setting) for setting in SETTINGS),
-    seconds=(60, 200),
+    seconds=(50, 100),
     run=run,
     draw=draw,
+    remark="Whether one remedy suffices depends on what else is wrong: the map has all "
+    "combinations.",
 )
