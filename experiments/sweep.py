@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -151,6 +152,11 @@ def networks(**fields: object) -> dict[str, models.MLP]:
 def epochs_of(steps: int, batch_size: int, examples: Batch) -> int:
     """Epochs that come nearest to so many steps, at least one."""
     return max(1, round(steps * batch_size / len(examples.labels)))
+
+
+def unstack(state: TrainState) -> list[TrainState]:
+    """The replicates of an arm's state, one by one."""
+    return [jax.tree.map(lambda a, k=k: a[k], state) for k in range(np.size(state.step))]
 
 
 def take(batch: Batch, count: int) -> Batch:

@@ -16,7 +16,7 @@ from experiments.claims import Check, Claim, Evidence, Settings, measured
 from experiments.plan import make_arms
 from experiments.presets import Boostcourse
 from experiments.report import figures
-from experiments.sweep import train
+from experiments.sweep import train, unstack
 
 MOMENTUM, BATCH, BATCHES, STREAMS = 0.9, 16, 150, 500
 EARLY = 10
@@ -39,8 +39,8 @@ def run(settings: Settings) -> Evidence:
             epochs=settings.either(2, PRESET.epochs),
             batch_size=PRESET.batch_size,
         )
-        states = [jax.tree.map(lambda a, k=k: a[k], last.states["bn"]) for k in range(len(keys))]
-        return [_look(*pair, arm.module, examples, test) for pair in zip(states, keys, strict=True)]
+        pairs = zip(unstack(last.states["bn"]), keys, strict=True)
+        return [_look(*pair, arm.module, examples, test) for pair in pairs]
 
     found = settings.each(["replicates"], measure)["replicates"]
     accuracies = np.array([one["estimated"] for one in found])  # [R, len(SAMPLES)]

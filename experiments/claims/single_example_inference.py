@@ -14,7 +14,7 @@ from experiments.claims import Check, Claim, Evidence, Settings, measured
 from experiments.plan import make_arms
 from experiments.presets import Lab10
 from experiments.report import figures
-from experiments.sweep import take, train
+from experiments.sweep import take, train, unstack
 from experiments.train_eval_mode import accuracy, predict
 
 PRESET = Lab10()
@@ -35,8 +35,7 @@ def run(settings: Settings) -> Evidence:
             epochs=settings.either(1, EPOCHS),
             batch_size=PRESET.batch_size,
         )
-        states = [jax.tree.map(lambda a, k=k: a[k], last.states["bn"]) for k in range(len(keys))]
-        return [_look(arm.module, state, settings.test) for state in states]
+        return [_look(arm.module, state, settings.test) for state in unstack(last.states["bn"])]
 
     found = settings.each(["replicates"], measure)["replicates"]
     names = ("commonest", "refused", "accuracy", "twice", "changed")
