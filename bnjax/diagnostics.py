@@ -66,7 +66,6 @@ def gradient_norms(model: nn.Module, variables: Variables, batch: Batch) -> dict
     Returns:
         `{"Dense_0": [], ...}`, a scalar for each layer that has a kernel, by its path.
     """
-
     gradients = flatten_dict(jax.grad(_loss(model, variables, batch))(variables["params"]))
     return {
         "/".join(path[:-1]): jnp.linalg.norm(gradient.ravel())

@@ -1,5 +1,6 @@
 """Training for the claims: arms from scratch, and grids of settings that differ in numbers."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -16,8 +17,6 @@ from bnjax.training import Batch, TrainState
 from experiments import devices
 
 ACTIVATION_NAMES = {"relu": "ReLU", "sigmoid": "sigmoid", "tanh": "tanh"}
-
-
 UNIT_NORMAL = initializers.normal(1.0)
 SGD = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)
 
@@ -32,6 +31,11 @@ class Cell(NamedTuple):
 
     learning_rate: float
     std: Callable[[int, int], float]
+
+
+def he_std(fan_in: int, fan_out: int) -> float:
+    """Of `bnjax.initializers.he_normal`, for a `Cell`."""
+    return math.sqrt(2 / fan_in)
 
 
 def train(

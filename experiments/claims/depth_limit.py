@@ -1,14 +1,12 @@
 """Gradients that explode set a limit to the depth that batch normalization can train."""
 
-import math
-
 import numpy as np
 from matplotlib.figure import Figure
 
 from bnjax import paired
 from experiments.claims import Check, Claim, Evidence, Settings, measured
 from experiments.report import figures
-from experiments.sweep import Cell, accuracy, by_cell, epochs_of, take, train_grid
+from experiments.sweep import Cell, accuracy, by_cell, epochs_of, he_std, take, train_grid
 
 DEPTHS = (5, 10, 20, 40)
 RATES = (0.001, 0.01, 0.1)
@@ -19,7 +17,7 @@ def run(settings: Settings) -> Evidence:
     """The best test accuracy over the learning rates, at each depth."""
     keys = paired.replicate_keys(settings.seed, settings.count(3, 5))
     examples = take(settings.train, settings.either(10_000, 60_000))
-    cells = [Cell(rate, lambda fan_in, _: math.sqrt(2 / fan_in)) for rate in RATES]
+    cells = [Cell(rate, he_std) for rate in RATES]
 
     def measure(depth: str) -> dict[str, list]:
         *_, last = train_grid(

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from bnjax import paired, training
 from bnjax.training import Batch, Metrics, TrainState
 from experiments.claims import Check, Claim, Evidence, Settings, measured
+from experiments.mnist_bn import metric_lines
 from experiments.plan import make_arms
 from experiments.presets import Lab10
 from experiments.report import figures
@@ -107,10 +108,7 @@ def _as_meant(key: Array, settings: Settings, epochs: int) -> list[list[float]]:
         epochs=epochs,
         batch_size=PRESET.batch_size,
     )
-    return [
-        [float(epoch.test[arm].loss[0]) / float(epoch.test[arm].examples[0]) for arm in PRINTED]
-        for epoch in trained
-    ]
+    return [[line["test_loss"] for line in metric_lines(epoch)] for epoch in trained]
 
 
 def draw(evidence: Evidence) -> Figure:

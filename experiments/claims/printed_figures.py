@@ -8,10 +8,11 @@ from matplotlib.figure import Figure
 
 from bnjax import paired
 from experiments.claims import Claim, Evidence, Settings, interval, measured, predicted
+from experiments.mnist_bn import metric_lines
 from experiments.plan import make_arms
 from experiments.presets import Boostcourse, Deep10, Experiment
 from experiments.report import figures
-from experiments.sweep import accuracy, train
+from experiments.sweep import train
 
 _PRINTED = {  # training cost of each epoch, as printed
     "bn": "1.206316 .196750 .143228 .114739 .098050 .086919 .079303 .072444 .068416 .061566 "
@@ -41,11 +42,9 @@ def run(experiment: Experiment, settings: Settings) -> Evidence:
         )
         found: dict[str, Any] = {arm: {"cost": [], "accuracy": []} for arm in figures.LABELS}
         for epoch in training:
-            for arm, percent in accuracy(epoch).items():
-                steps = epoch.steps[arm]
-                cost = np.mean(np.asarray(steps.loss, np.float64) / np.asarray(steps.examples))
-                found[arm]["cost"].append(float(cost))
-                found[arm]["accuracy"].append(float(percent[0]))
+            for line in metric_lines(epoch):
+                found[line["arm"]]["cost"].append(line["train_cost"])
+                found[line["arm"]]["accuracy"].append(100 * line["test_accuracy"])
         return found
 
     done = settings.each([*map(str, range(replicates))], measure)

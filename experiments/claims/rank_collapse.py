@@ -4,6 +4,7 @@ import jax
 from matplotlib.figure import Figure
 
 from bnjax import diagnostics, initializers, models, paired
+from bnjax.training import to_float
 from experiments.claims import Check, Claim, Evidence, Settings, measured
 from experiments.report import figures
 from experiments.sweep import take
@@ -21,7 +22,7 @@ def run(settings: Settings) -> Evidence:
 
         @jax.jit
         def probe(key: jax.Array) -> dict[str, jax.Array]:
-            variables = model.init(key, batch.images / 255, train=True)
+            variables = model.init(key, to_float(batch.images), train=True)
             looks = (diagnostics.effective_rank, diagnostics.cosine_similarity)
             found = [look(model, variables, batch, train=True) for look in looks]
             return found[0] | found[1]

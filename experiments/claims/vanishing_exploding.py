@@ -19,6 +19,7 @@ from experiments.sweep import (
     accuracy,
     by_cell,
     epochs_of,
+    he_std,
     networks,
     take,
     train_grid,
@@ -28,7 +29,7 @@ DEPTH, WIDTH = 10, 64
 INITS = {
     "small": lambda *_: 0.01,
     "Xavier": lambda fan_in, fan_out: math.sqrt(2 / (fan_in + fan_out)),
-    "He": lambda fan_in, _: math.sqrt(2 / fan_in),
+    "He": he_std,
 }
 RATES = (0.01, 0.1, 1.0)
 GRID = list(product(INITS, RATES))
