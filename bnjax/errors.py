@@ -13,5 +13,13 @@ class DataWarning(UserWarning):
     """Something about the data that the user should know."""
 
 
+class CheckpointWarning(UserWarning):
+    """A checkpoint that is passed over."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be gone on from."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint whose content is not what was written."""

@@ -20,6 +20,10 @@ UNSIGNED_BYTE = 8
 # Deflate cannot pack more than 1,032 bytes into one (RFC 1951: 258 bytes in two bits).
 MAX_INFLATION = 1032
 
+# Three times the largest of the family, EMNIST's 814,255 images.
+MAX_BYTES = 2**31
+CHUNK = 2**20
+
 
 def read_images(path: Path) -> np.ndarray:
     """Reads gray images.
@@ -90,7 +94,9 @@ def _parse(file: IO[bytes] | gzip.GzipFile, path: Path, rank: int, limit: int) -
             f"{path}: truncated, the header announces {'x'.join(map(str, shape))} = {size} bytes, "
             "more than a file of this size can hold"
         )
-    values = file.read(size + 1)
+    if size > MAX_BYTES:
+        raise DataError(f"{path}: announces {size} bytes, expected no more than {MAX_BYTES}")
+    values = _read_up_to(file, size + 1)
     if len(values) != size:
         problem = "truncated" if len(values) < size else "oversized"
         found = len(values) if len(values) < size else "more"
@@ -99,3 +105,11 @@ def _parse(file: IO[bytes] | gzip.GzipFile, path: Path, rank: int, limit: int) -
             f"found {found}"
         )
     return np.frombuffer(values, np.uint8).reshape(shape)
+
+
+def _read_up_to(file: IO[bytes] | gzip.GzipFile, size: int) -> bytearray:
+    """Takes memory as the bytes come: a header may announce what does not follow."""
+    values = bytearray()
+    while part := file.read(min(CHUNK, size - len(values))):
+        values += part
+    return values

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -42,8 +43,9 @@ def from_torch(state_dict: Mapping[str, Any], model: MLP) -> dict[str, Any]:
         `{"params": ..., "batch_stats": ...}`, copies as NumPy arrays of the dtypes they came with.
 
     Raises:
+        TypeError: if `state_dict` is no mapping from names; files are never opened or unpickled.
         ValueError: naming all missing and surplus keys and all wrong shapes, or a value that is no
-            array.
+            array of numbers.
 
     Source: `torch.nn.Linear`, `torch.nn.BatchNorm1d`, section Variables of their documentation.
 
@@ -53,6 +55,11 @@ def from_torch(state_dict: Mapping[str, Any], model: MLP) -> dict[str, Any]:
         >>> from_torch(state_dict, model)["params"]["Dense_0"]["kernel"].shape
         (3, 2)
     """
+    if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
+        raise TypeError(
+            f"state_dict is a {type(state_dict).__name__}: expected a mapping from names to "
+            "arrays, as module.state_dict() gives"
+        )
     given = {key: _to_numpy(key, value) for key, value in state_dict.items()}
     names = list(dict.fromkeys(key.rpartition(".")[0] for key in given))
     numbered = [re.fullmatch(r"(.*?)(\d+)", name) for name in names]
@@ -157,12 +164,15 @@ def _entries(sizes: Sequence[int], use_batch_norm: bool, names: Sequence[str] = 
 
 def _to_numpy(key: str, value: Any) -> np.ndarray:
     try:
-        return np.asarray(value).copy()
-    except (TypeError, RuntimeError) as error:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{key} cannot be read as a NumPy array ({error}): pass detached CPU tensors, bfloat16 "
             "ones as float32"
         ) from error
+    if not any(jax.dtypes.issubdtype(array.dtype, kind) for kind in (np.integer, np.floating)):
+        raise ValueError(f"{key} is of dtype {array.dtype}: expected numbers")
+    return array.copy()
 
 
 def _fits(shape: tuple[int, ...], expected: Shape) -> bool:

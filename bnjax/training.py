@@ -129,20 +129,8 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         (1, 4)
     """
 
-    rngs = {}
-    if state.dropout_key is not None:
-        key = jax.random.wrap_key_data(state.dropout_key, impl="threefry2x32")
-        rngs["dropout"] = jax.random.fold_in(key, state.step)
-
     def loss_fn(params: Any) -> tuple[Array, tuple[Metrics, Any]]:
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        logits, updates = state.apply_fn(
-            variables,
-            to_float(batch.images),
-            train=True,
-            mutable=["batch_stats"],
-            rngs=rngs,
-        )
+        logits, updates = forward(state.replace(params=params), batch.images, train=True)
         metrics = _metrics(logits, batch.labels)
         return metrics.loss / metrics.examples, (metrics, updates)
 
@@ -151,10 +139,27 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     return state.apply_gradients(grads=gradients, batch_stats=batch_stats), metrics
 
 
+def forward(state: TrainState, images: AnyArray, *, train: bool) -> tuple[Array, dict[str, Any]]:
+    """Logits `[B, classes]` of a batch, and the collections that training mode updates.
+
+    Args:
+        state: of the network; in training mode its `step` decides what dropout drops.
+        images: `[B, ...]`.
+        train: whether to normalize by the batch and to drop.
+    """
+    rngs = {}
+    if state.dropout_key is not None:
+        key = jax.random.wrap_key_data(state.dropout_key, impl="threefry2x32")
+        rngs["dropout"] = jax.random.fold_in(key, state.step)
+    return state.apply_fn(
+        state.variables, to_float(images), train=train, mutable=["batch_stats"], rngs=rngs
+    )
+
+
 @jax.jit
 def eval_step(state: TrainState, batch: Batch) -> Metrics:
     """Metrics of a batch in evaluation mode: running statistics, no update."""
-    logits = state.apply_fn(state.variables, to_float(batch.images), train=False)
+    logits, _ = forward(state, batch.images, train=False)
     return _metrics(logits, batch.labels)
 
 
@@ -191,12 +196,11 @@ def train_epoch(
     """
     count = len(examples.labels)
     steps, rest = divmod(count, batch_size)
-    # One sort of random numbers; `jax.random.permutation` sorts twice, for the rare ties.
-    order = jnp.argsort(jax.random.bits(key, (count,), jnp.uint32))
+    order = draw_order(key, count)
     batches = order[: steps * batch_size].reshape(steps, batch_size)
-    state, metrics = lax.scan(lambda s, index: step(s, _take(examples, index)), state, batches)
+    state, metrics = lax.scan(lambda s, index: step(s, take(examples, index)), state, batches)
     if rest and not drop_last:
-        state, last = step(state, _take(examples, order[-rest:]))
+        state, last = step(state, take(examples, order[-rest:]))
         metrics = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), metrics, last)
     return state, metrics
 
@@ -229,7 +233,14 @@ def evaluate(state: TrainState, examples: Batch, *, batch_size: int = 1000) -> M
     return total
 
 
-def _take(examples: Batch, index: Array) -> Batch:
+def draw_order(key: Array, count: int) -> Array:
+    """A random order of so many examples, `[count]`, as `train_epoch` takes them."""
+    # One sort of random numbers; `jax.random.permutation` sorts twice, for the rare ties.
+    return jnp.argsort(jax.random.bits(key, (count,), jnp.uint32))
+
+
+def take(examples: Batch, index: Array) -> Batch:
+    """The examples at these places."""
     return Batch(*(a[index] for a in examples))
 
 

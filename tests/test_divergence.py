@@ -1,0 +1,77 @@
+"""Finding the step and the layer in which a network stopped being finite."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bnjax import divergence, models, training
+from bnjax.training import Batch
+
+KEY, ORDER = jax.random.key(0), jax.random.key(5)
+EXAMPLES = Batch(
+    jax.random.normal(KEY, (50, 6), jnp.float32), jax.random.randint(KEY, (50,), 0, 3, jnp.int32)
+)
+MODEL = models.MLP((8, 8, 8), 3, use_batch_norm=False)
+
+
+@pytest.mark.parametrize(
+    ("losses", "step"),
+    [([0.1, 0.2], None), ([np.nan, 0.1], 1), ([0.1, np.inf, np.nan], 2), ([], None)],
+)
+def test_first_step_counts_from_1(losses, step):
+    assert divergence.first_step(np.array(losses)) == step
+
+
+def state(rate: float = 0.0):
+    return training.create_state(MODEL, optax.sgd(rate), KEY, EXAMPLES.images)
+
+
+def broken(layer: str, value: float = jnp.inf):
+    fresh = state()
+    kernel = fresh.params[layer]["kernel"].at[0].set(value)
+    params = {**fresh.params, layer: {**fresh.params[layer], "kernel": kernel}}
+    return fresh.replace(params=params)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("layer", ["Dense_0", "Dense_1", "Dense_2", "Dense_3"])
+def test_names_the_first_layer_that_is_not_finite(layer, train):
+    assert divergence.first_layer(broken(layer), EXAMPLES, train=train) == layer
+    assert divergence.first_layer(state(), EXAMPLES, train=train) is None
+
+
+def test_running_statistics_matter_in_evaluation_only():
+    model = models.MLP((8, 8), 3, use_batch_norm=True)
+    fresh = training.create_state(model, optax.sgd(0.0), KEY, EXAMPLES.images)
+    mean = {"mean": jnp.full(8, jnp.nan), "var": jnp.ones(8)}
+    lost = fresh.replace(batch_stats={**fresh.batch_stats, "BatchNorm_1": mean})
+    assert divergence.first_layer(lost, EXAMPLES, train=True) is None
+    assert divergence.first_layer(lost, EXAMPLES, train=False) == "BatchNorm_1"
+
+
+def test_a_loss_alone_is_named():
+    examples = EXAMPLES._replace(labels=EXAMPLES.labels + 7)  # labels that are no class
+    assert divergence.first_layer(state(), examples, train=True) == "loss"
+
+
+@pytest.mark.parametrize("rate", [1e4, 1e30])
+def test_an_epoch_is_gone_through_as_training_did(rate):
+    before = state(rate)
+    after, steps = training.train_epoch(before, EXAMPLES, ORDER, batch_size=8, drop_last=False)
+    first = divergence.first_step(steps.loss)
+    assert first is not None
+    assert first > 1
+    for step in range(1, first + 1):
+        there, batch = divergence.replay(before, EXAMPLES, ORDER, step=step, batch_size=8)
+        assert there.step == step - 1
+        layer = divergence.first_layer(there, batch, train=True)
+        assert (layer is None) == (step < first)
+    assert not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params))
+
+
+def test_the_last_batch_of_an_epoch_may_be_short():
+    _, batch = divergence.replay(state(), EXAMPLES, ORDER, step=7, batch_size=8)
+    order = training.draw_order(ORDER, 50)
+    np.testing.assert_array_equal(batch.labels, EXAMPLES.labels[order[48:]])
