@@ -1,6 +1,8 @@
 """What a run shows while it trains: a line per epoch, and a progress bar on a terminal."""
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -86,6 +88,16 @@ def _ten_wide(value: float) -> str:
 def print_plain(console: Console, line: str, style: str | None = None) -> None:
     """Prints a line as it is: not wrapped, not coloured by guesses, brackets and all."""
     console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def noting(console: Console, category: type[Warning]) -> Iterator[None]:
+    """Shows the warnings of a category that its body gives, each on a line."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", category)
+        yield
+    for warning in caught:
+        print_plain(console, f"NOTE: {warning.message}", style="bold yellow")
 
 
 def closing_table(summary: Mapping[str, Any]) -> Group:

@@ -2,13 +2,18 @@
 
 import contextlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import psutil
 
 from bnjax.distributed import make_mesh, parse_mesh
 from bnjax.paired import Arm, Lane
+
+# JAX opens threads for each; some hundreds end the program.
+MAX_CPUS = 64
 
 
 def cache_programs(directory: Path) -> None:
@@ -52,7 +57,7 @@ def make_lanes(arms: tuple[Arm, ...], mesh: str, replicates: int) -> list[Lane]:
         ValueError: if the mesh does not fit the devices.
     """
     wanted = None if mesh == "auto" else parse_mesh(mesh)["replicate"]
-    open_cpus(wanted or min(_cores(), len(arms) * replicates))
+    open_cpus(min(wanted or min(_cores(), len(arms) * replicates), MAX_CPUS))
     devices = jax.devices()
     if devices[0].platform != "cpu":
         return [Lane(arms, make_mesh(wanted or min(replicates, len(devices))))]
@@ -64,6 +69,14 @@ def make_lanes(arms: tuple[Arm, ...], mesh: str, replicates: int) -> list[Lane]:
         Lane((arm,), make_mesh(min(replicates, share), devices[k * share : (k + 1) * share]))
         for k, arm in enumerate(arms)
     ]
+
+
+def memory(lanes: Sequence[Lane]) -> int:
+    """Bytes of memory on the accelerators of the lanes together, or of a machine without any."""
+    stats = [d.memory_stats() for d in {d for lane in lanes for d in lane.mesh.devices.flat}]
+    if all(stats):
+        return sum(one["bytes_limit"] for one in stats)
+    return psutil.virtual_memory().total
 
 
 def _cores() -> int:

@@ -22,23 +22,23 @@ Exit status: 0 success; 2 a mistake in the command, the settings or the data;
 """
 
 import io
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import jax
 import numpy as np
 from rich.console import Console
 
 from bnjax import checkpoint, diagnostics, models, paired
-from bnjax.errors import CheckpointError
-from bnjax.paired import Lane
+from bnjax.errors import CheckpointWarning
+from bnjax.paired import Lane, States
 from bnjax.training import Batch
 from experiments import console as display
-from experiments import runs, signals
+from experiments import divergences, endings, runs
 from experiments.plan import Plan, prepare
 
 PROG = "python -m experiments.mnist_bn"
@@ -50,27 +50,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ± is no reason to fail
+    absl.logging.set_verbosity(absl.logging.FATAL)  # orbax logs tracebacks of what it raises
+    absl.logging.set_verbosity(absl.logging.FATAL)  # orbax logs tracebacks of what it raises
     console = Console()
     path: Path | None = None
-    try:
-        with signals.stopping() as check:
-            plan = prepare(arguments, PROG, __doc__ or "", console)
-            if plan is None:
-                return 0
-            open_directory(plan)
-            path = plan.path
-            display.print_plain(console, f"run directory: {path}")
-            return run(plan, console, check)
-    except ValueError as error:
-        if path and not isinstance(error, CheckpointError):
-            raise
-        display.print_plain(Console(stderr=True), f"error: {error}")
-        return 2
-    except (KeyboardInterrupt, signals.Terminated) as stop:
-        resume = shlex.join([*PROG.split(), "--resume", str(path)])
-        hint = f"; go on with: {resume}" if path and path.exists() else ""
-        display.print_plain(Console(stderr=True), f"stopped{hint}")
-        return 130 if isinstance(stop, KeyboardInterrupt) else 143
+
+    def command(check: Callable[[], None]) -> int:
+        nonlocal path
+        plan = prepare(arguments, PROG, __doc__ or "", console)
+        if plan is None:
+            return 0
+        path = plan.options.execution.resume
+        open_directory(plan)
+        path = plan.path
+        display.print_plain(console, f"run directory: {path}")
+        return run(plan, console, check)
+
+    return endings.run(command, lambda: _how_to_go_on(path) if path else None)
+
+
+def _how_to_go_on(path: Path) -> list[str]:
+    there = (path / "config.json").exists()
+    return [*PROG.split(), "--resume", str(path)] if there else []
 
 
 def open_directory(plan: Plan) -> None:
@@ -103,13 +104,20 @@ def run(plan: Plan, console: Console, check: Callable[[], None]) -> int:
         {"image": np.asarray(example.images[0]), "label": np.asarray(example.labels[0])},
     )
     keys = paired.replicate_keys(experiment.seed, experiment.replicates)
-    states = paired.create_states(
-        plan.lanes, keys, train.images[:2], shared_init=experiment.shared_init
+    create = partial(
+        paired.create_states,
+        plan.lanes,
+        keys,
+        train.images[:2],
+        shared_init=experiment.shared_init,
     )
 
     with checkpoint.Checkpoints(plan.path / "checkpoints") as checkpoints:
-        done, states = checkpoints.restore(states)
+        recorded = len(runs.read_metrics(plan.path)) // (len(runs.ARMS) * experiment.replicates)
+        with display.noting(console, CheckpointWarning):
+            done, states = checkpoints.restore(create(), at_most=recorded)
         runs.truncate_metrics(plan.path, done)
+        divergences.truncate(plan.path, done)
         if execution.resume:
             display.print_plain(console, f"going on after epoch {done}")
         epochs = paired.run(
@@ -129,10 +137,22 @@ def run(plan: Plan, console: Console, check: Callable[[], None]) -> int:
                 epoch_lines.add(lines)
                 probes = probe(plan.lanes, epoch.states, example)
                 runs.write_arrays(plan.path / "probes" / f"epoch-{epoch.number:03}.npz", probes)
+
+                before = partial(_states_before, epoch, checkpoints, create)
+                for mark in divergences.record(
+                    plan.path, epoch, keys, train, test, experiment.batch_size, before
+                ):
+                    display.print_plain(console, f"NOTE: {divergences.describe(mark)}")
                 checkpoints.save(epoch.number, epoch.states)
                 check()
 
     return _finish(plan.path, console)
+
+
+def _states_before(
+    epoch: paired.Epoch, checkpoints: checkpoint.Checkpoints, create: Callable[[], States]
+) -> States:
+    return checkpoints.at(epoch.number - 1, epoch.states) if epoch.number > 1 else create()
 
 
 def metric_lines(epoch: paired.Epoch) -> list[dict[str, Any]]:
@@ -180,7 +200,7 @@ def _finish(path: Path, console: Console) -> int:
     from experiments import report  # matplotlib takes a third of a second
 
     lines = runs.read_metrics(path)
-    summary = runs.summarize(lines)
+    summary = {**runs.summarize(lines), "divergences": divergences.read(path)}
     report.write(path, summary)
     runs.write_json(path / "summary.json", summary)
     console.print(display.closing_table(summary))

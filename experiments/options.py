@@ -12,7 +12,7 @@ import tyro
 
 from bnjax.distributed import parse_mesh
 from bnjax.names import choose
-from experiments.presets import PRESETS, Experiment
+from experiments.presets import PRESETS, Experiment, check_saved
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,12 @@ class Execution:
 
     @classmethod
     def load(cls, values: Mapping[str, Any], resume: Path) -> "Execution":
-        """What a saved run used, to be resumed in `resume`."""
+        """What a saved run used, to be resumed in `resume`.
+
+        Raises:
+            ValueError: if fields are missing, unknown or not usable.
+        """
+        check_saved(cls, values)
         data_dir = values["data_dir"]
         places = {"data_dir": Path(data_dir) if data_dir else None, "out": None, "resume": resume}
         return cls(**{**values, **places})

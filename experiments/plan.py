@@ -1,9 +1,9 @@
 """From the command line to a run that is ready to start."""
 
 import dataclasses
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from bnjax.data import Dataset
 from bnjax.errors import DataWarning
 from bnjax.paired import Arm, Lane
 from experiments import devices, options, runs
-from experiments.console import print_plain
+from experiments.console import noting, print_plain
+from experiments.endings import SMALLER
 from experiments.options import Options
 from experiments.presets import Experiment
 
@@ -68,6 +69,7 @@ def prepare(arguments: Sequence[str], prog: str, description: str, console: Cons
         devices.cache_programs(data.cache_directory() / "programs")
     jax.config.update("jax_default_matmul_precision", experiment.matmul_precision)
     lanes = devices.make_lanes(make_arms(experiment), execution.mesh, experiment.replicates)
+    check_memory(experiment, devices.memory(lanes))
     path = execution.resume or out
     path = path or runs.default_path(experiment.preset, dataset.name)
     data_dir = execution.data_dir and execution.data_dir.expanduser().absolute()
@@ -98,8 +100,8 @@ def _read_options(
     try:
         before = Experiment.load(saved["experiment"])
         defaults = Options(before, options.Execution.load(saved["execution"], resume))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{resume / 'config.json'} is damaged: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{resume / 'config.json'} cannot be used: {error}") from error
     chosen = options.parse(arguments, defaults, prog, description)
     _check_resumable(before, chosen.experiment, resume)
     if chosen.execution.feature_digit != defaults.execution.feature_digit:
@@ -124,6 +126,26 @@ def make_arms(experiment: Experiment) -> tuple[Arm, ...]:
     return arm("bn", True, experiment.bn_init), arm("no_bn", False, no_bn_init)
 
 
+def check_memory(experiment: Experiment, available: int) -> None:
+    """Refuses what cannot fit, before a system without memory ends the program without a word.
+
+    A parameter takes 12 bytes in each network, Adam's two moments among them; with its gradient,
+    the state that a step returns and the checkpoint on its way to the disk about three times that.
+
+    Raises:
+        ValueError: if more than `available` bytes are needed.
+    """
+    sizes = (28 * 28, *experiment.hidden_sizes, experiment.num_classes)
+    parameters = sum((fan_in + 1) * size for fan_in, size in pairwise(sizes))
+    needed = 2 * 3 * 12 * experiment.replicates * parameters
+    needed += 2 * 2 * 4 * experiment.batch_size * sum(sizes)  # a batch's features and gradients
+    if needed > available:
+        raise ValueError(
+            f"out of memory: these settings need about {needed / 1e9:.3g} GB and there are "
+            f"{available / 1e9:.3g} GB; {SMALLER}"
+        )
+
+
 def _check_resumable(before: Experiment, after: Experiment, path: Path) -> None:
     changed = options.changes(before, after)
     old, new = changed.pop("epochs", (0, 0))
@@ -140,12 +162,8 @@ def load_data(name: str, directory: Path | None, console: Console) -> Dataset:
     Raises:
         ValueError: as `bnjax.data.load`.
     """
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", DataWarning)
-        dataset = data.load(name, directory)
-    for warning in caught:
-        print_plain(console, f"NOTE: {warning.message}", style="bold yellow")
-    return dataset
+    with noting(console, DataWarning):
+        return data.load(name, directory)
 
 
 def _jsonable(values: dict[str, Any]) -> dict[str, Any]:

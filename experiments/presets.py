@@ -13,6 +13,7 @@ from bnjax.data import Dataset
 from bnjax.names import choose
 
 MAX_SEED = 2**32 - 1
+MAX_SIZE = 2**31 - 1
 PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
 
 
@@ -91,6 +92,14 @@ class Experiment:
             raise ValueError("hidden_sizes is empty: expected the width of at least one layer")
         for size in self.hidden_sizes:
             _require_at_least(1, "hidden_sizes", size)
+        for value in (*self.hidden_sizes, self.num_classes, self.replicates, self.epochs):
+            if value > MAX_SIZE:
+                raise ValueError(f"{value} is too large: expected sizes and counts to {MAX_SIZE}")
+        if self.shared_init and self.no_bn_init not in (self.bn_init, Experiment.no_bn_init):
+            raise ValueError(
+                f"no_bn_init is {self.no_bn_init}, but shared_init starts both networks from what "
+                "bn_init draws: choose one of the two"
+            )
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(
                 f"learning_rate is {self.learning_rate}: expected a positive finite number"
@@ -126,11 +135,29 @@ class Experiment:
             ValueError: if fields are missing, unknown or not usable.
         """
         preset = PRESETS[choose("preset", str(values.get("preset")), PRESETS)]
-        names = {field.name for field in dataclasses.fields(preset)}
-        if names != set(values):
-            different = ", ".join(sorted(names ^ set(values)))
-            raise ValueError(f"the saved experiment and this version differ in: {different}")
+        check_saved(preset, values)
         return preset(**{**values, "hidden_sizes": tuple(values["hidden_sizes"])})
+
+
+def check_saved(kind: type, values: Mapping[str, Any]) -> None:
+    """Checks that `values`, read from JSON, are those of the fields of a dataclass of settings.
+
+    Raises:
+        ValueError: if fields are missing, unknown or of another type than their defaults.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    if set(defaults) != set(values):
+        different = ", ".join(sorted(set(defaults) ^ set(values)))
+        raise ValueError(f"the saved settings and this version differ in: {different}")
+    for name, default in defaults.items():
+        if not _is_like(default, values[name]):
+            raise ValueError(f"the saved {name} is {values[name]!r:.40}: not a value of this field")
+
+
+def _is_like(default: Any, value: Any) -> bool:
+    if isinstance(default, tuple):
+        return isinstance(value, list) and all(type(item) is int for item in value)
+    return type(value) in ((str, type(None)) if default is None else (type(default),))
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,14 @@ from rich.progress import BarColumn, Progress, Task, TextColumn
 from bnjax import data
 from bnjax.data import Dataset
 from bnjax.names import choose
-from experiments import devices, runs, signals, verdicts
+from experiments import devices, endings, runs, verdicts
 from experiments.claims import Claim, Settings, load_claims
 from experiments.console import print_plain
 from experiments.plan import load_data
 from experiments.presets import MAX_SEED, PRESETS, Experiment
 
 FEWEST = 512
+MAX_REPLICATES = 10_000
 PROG = "python -m experiments.reproduce"
 
 
@@ -73,8 +74,8 @@ class Options:
 
     def __post_init__(self) -> None:
         choose("dataset", self.dataset, data.NAMES)
-        if self.replicates is not None and self.replicates < 1:
-            raise ValueError(f"replicates is {self.replicates}: expected at least 1")
+        if self.replicates is not None and not 1 <= self.replicates <= MAX_REPLICATES:
+            raise ValueError(f"replicates is {self.replicates}: expected 1 to {MAX_REPLICATES}")
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed is {self.seed}: expected 0 to {MAX_SEED}")
 
@@ -84,33 +85,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     path: Path | None = None
     options = tyro.cli(Options, args=arguments, prog=PROG, description=__doc__)
-    try:
-        with signals.stopping() as check:
-            claims = load_claims()
-            if not options.claims:
-                console.print(verdicts.listing(claims.values()))
-                return 0
-            chosen = [choose("claim", name, [*claims, "all"]) for name in options.claims]
-            names = claims if "all" in chosen else dict.fromkeys(chosen)
-            dataset = load_data(options.dataset, options.data_dir, console)
-            check_data(dataset)
-            devices.cache_programs(data.cache_directory() / "programs")
-            devices.open_cpus()
-            jax.config.update("jax_default_matmul_precision", Experiment.matmul_precision)
-            path = open_directory(options, dataset)
-            print_plain(console, f"directory: {path}")
-            run([claims[name] for name in names], options, dataset, path, console, check)
-            print_plain(console, f"report: {path / 'report.html'}")
+
+    def command(check: Callable[[], None]) -> int:
+        nonlocal path
+        claims = load_claims()
+        if not options.claims:
+            console.print(verdicts.listing(claims.values()))
             return 0
-    except (ValueError, OSError) as error:
-        if path:
-            raise
-        print_plain(Console(stderr=True), f"error: {error}")
-        return 2
-    except (KeyboardInterrupt, signals.Terminated) as stop:
-        hint = f"; go on with: {_command(options, path)}" if path else ""
-        print_plain(Console(stderr=True), f"stopped{hint}")
-        return 130 if isinstance(stop, KeyboardInterrupt) else 143
+        chosen = [choose("claim", name, [*claims, "all"]) for name in options.claims]
+        names = claims if "all" in chosen else dict.fromkeys(chosen)
+        dataset = load_data(options.dataset, options.data_dir, console)
+        check_data(dataset)
+        devices.cache_programs(data.cache_directory() / "programs")
+        devices.open_cpus()
+        jax.config.update("jax_default_matmul_precision", Experiment.matmul_precision)
+        path = open_directory(options, dataset)
+        print_plain(console, f"directory: {path}")
+        run([claims[name] for name in names], options, dataset, path, console, check)
+        print_plain(console, f"report: {path / 'report.html'}")
+        return 0
+
+    return endings.run(command, lambda: _words(options, path) if path else None)
 
 
 def check_data(dataset: Dataset) -> None:
@@ -216,7 +211,7 @@ def run(
                 jax.clear_caches()  # the next claim compiles programs of its own
                 done = _time_left(bar.tasks[task], begin)
             print_plain(console, verdicts.format_line(claim, path) + done)
-            verdicts.write_page(path, _command(options, None))
+            verdicts.write_page(path, shlex.join(_words(options, None)))
 
 
 def _time_left(task: Task, begin: float) -> str:
@@ -251,7 +246,7 @@ def _seconds_before(directory: Path) -> float:
     return sum(json.loads(file.read_text())["seconds"] for file in directory.glob("*.json"))
 
 
-def _command(options: Options, path: Path | None) -> str:
+def _words(options: Options, path: Path | None) -> list[str]:
     """The command that runs the same again, without its claims where there is no path."""
     words = [*PROG.split(), *(options.claims if path else ())]
     if options.quick:
@@ -261,7 +256,7 @@ def _command(options: Options, path: Path | None) -> str:
         value = getattr(options, field.name)
         if field.name not in ("claims", "quick", "out") and value != getattr(default, field.name):
             words += [f"--{field.name.replace('_', '-')}", str(value)]
-    return shlex.join([*words, *(["--out", str(path)] if path else [])])
+    return [*words, *(["--out", str(path)] if path else [])]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 config.json      the experiment, how it was executed, versions, devices, the dataset's checksum
 metrics.jsonl    one line per epoch, arm and replicate, flushed after each epoch
+divergences.json where replicates stopped being finite, if any did
 summary.json     final metrics per arm, paired differences
 probes/          what the diagnostics saw after each epoch
 checkpoints/     the state, to go on from
@@ -9,6 +10,7 @@ curves.png ...   pictures, and report.html
 """
 
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -16,9 +18,10 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -73,22 +76,33 @@ def read_config(path: Path) -> dict[str, Any]:
     """The configuration of a saved run.
 
     Raises:
-        ValueError: if there is none that can be read.
+        CheckpointError: if there is none that can be read.
     """
+    file = path / "config.json"
     try:
-        config = json.loads((path / "config.json").read_text())
+        config = parse(file, file.read_bytes())
     except OSError as error:
-        raise ValueError(
+        raise CheckpointError(
             f"{path} is not a run directory: config.json cannot be read ({error.strerror})"
         ) from error
-    except ValueError as error:
-        raise ValueError(f"{path / 'config.json'} is damaged: {error}") from error
     sections = [config.get(name) for name in SECTIONS] if isinstance(config, dict) else [None]
     if not all(isinstance(section, dict) for section in sections):
-        raise ValueError(f"{path / 'config.json'} is damaged: it lacks {', '.join(SECTIONS)}")
+        raise CheckpointError(f"{file} is damaged: it lacks {', '.join(SECTIONS)}")
     if not all(isinstance(config["dataset"].get(k), str) for k in ("name", "requested", "sha256")):
-        raise ValueError(f"{path / 'config.json'} is damaged: it does not describe its dataset")
+        raise CheckpointError(f"{file} is damaged: it does not describe its dataset")
     return config
+
+
+def parse(file: Path, content: bytes) -> Any:
+    """What JSON says that was read from a file.
+
+    Raises:
+        CheckpointError: if it is no JSON.
+    """
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
 
 
 def is_finished(path: Path, epochs: int) -> bool:
@@ -99,25 +113,41 @@ def is_finished(path: Path, epochs: int) -> bool:
         return False
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Writes JSON under a temporary name and renames it."""
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file under a temporary name and renames it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    with _replacing(path) as file:
+        file.write(content)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes an `.npz` file under a temporary name and renames it; makes its directory."""
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
+    with naming(path):
+        path.parent.mkdir(exist_ok=True)
+    with _replacing(path) as file:
         np.savez(file, allow_pickle=False, **arrays)
-    partial.replace(path)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    partial = path.with_name(f".{path.name}.partial")
+    with naming(path):
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(path)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Has errors of the system name a file: those of writing do not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def provenance() -> dict[str, Any]:
@@ -144,28 +174,60 @@ def _git_commit() -> str | None:
 
 def append_metrics(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Appends lines to `metrics.jsonl`; what is not finite becomes `null`."""
-    text = "".join(json.dumps(null_for_nan(line), allow_nan=False) + "\n" for line in lines)
-    with (path / "metrics.jsonl").open("a") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    file = path / "metrics.jsonl"
+    with naming(file), file.open("ab") as stream:
+        stream.write(_to_jsonl(lines))
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`, none if it does not exist yet."""
+    """The lines of `metrics.jsonl` but for a torn last one; none if it does not exist yet.
+
+    Raises:
+        CheckpointError: if they are not those of epochs from 1, each of every replicate and arm.
+    """
     file = path / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    content = file.read_bytes() if file.exists() else b""
+    lines = [parse(file, line) for line in content.split(b"\n")[:-1]]
+    places = _places(sum(_starts_replicate(line) for line in lines) or 1)
+    for number, (line, place) in enumerate(zip(lines, places, strict=False), 1):
+        if not _is_line(line, place):
+            raise CheckpointError(
+                f"{file} is damaged: line {number} does not hold the metrics of epoch {place[0]}, "
+                f"replicate {place[1]}, arm {place[2]}"
+            )
+    return lines
+
+
+def _places(replicates: int) -> Iterator[tuple[int, int, str]]:
+    return ((e, k, arm) for e in itertools.count(1) for k in range(replicates) for arm in ARMS)
+
+
+def _starts_replicate(line: Any) -> bool:
+    return isinstance(line, dict) and line.get("epoch") == 1 and line.get("arm") == ARMS[0]
+
+
+def _is_line(line: Any, place: tuple[int, int, str]) -> bool:
+    if not isinstance(line, dict):
+        return False
+    found = [line.get(name) for name in ("epoch", "replicate", "arm")]
+    numbers = [line.get(name, "") for name in (*METRICS, "seconds")]
+    return (
+        found == list(place)
+        and list(map(type, found)) == [int, int, str]
+        and all(number is None or type(number) is float for number in numbers)
+    )
 
 
 def truncate_metrics(path: Path, epochs: int) -> None:
     """Drops the lines of epochs after the first `epochs`, and a torn last line."""
-    file = path / "metrics.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    try:
-        kept = [x for x in lines if x.endswith("\n") and json.loads(x)["epoch"] <= epochs]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
-    write_bytes(file, "".join(kept).encode())
+    kept = [line for line in read_metrics(path) if line["epoch"] <= epochs]
+    write_bytes(path / "metrics.jsonl", _to_jsonl(kept))
+
+
+def _to_jsonl(lines: Iterable[Mapping[str, Any]]) -> bytes:
+    return b"".join(json.dumps(null_for_nan(x), allow_nan=False).encode() + b"\n" for x in lines)
 
 
 def null_for_nan(value: Any) -> Any:

@@ -8,11 +8,12 @@ and as they come out when that is forgotten.
     python -m experiments.train_eval_mode --dataset digits --epochs 20
 
 It leaves a directory with train_eval_mode.png and numbers.json.
-Exit status: 0 success; 2 a mistake in the command, the settings or the data; 130 after Ctrl-C.
+Exit status: 0 success; 2 a mistake in the command, the settings or the data; 130 after
+Ctrl-C, 143 after SIGTERM.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from rich.console import Console
 from bnjax import models, population, training
 from bnjax.data import Dataset
 from bnjax.training import AnyArray, Batch, TrainState
-from experiments import runs
+from experiments import endings, runs
 from experiments.console import print_plain
 from experiments.plan import load_data
 
@@ -69,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     settings = tyro.cli(Settings, args=arguments, prog=PROG, description=__doc__)
     console = Console()
-    try:
+
+    def command(check: Callable[[], None]) -> int:
         if settings.out is not None:
             runs.check_free(settings.out.expanduser())
         dataset = load_data(settings.dataset, settings.data_dir, console)
@@ -77,16 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = path.expanduser()
         path.mkdir(parents=True, exist_ok=True)
         numbers = lesson(dataset, settings.epochs, settings.seed)
+        check()
         for line in tell(numbers):
             print_plain(console, line)
         save(path, numbers)
         print_plain(console, f"\npicture and numbers: {path}")
-    except (ValueError, OSError) as error:
-        print_plain(Console(stderr=True), f"error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        return 0
+
+    return endings.run(command, lambda: None)
 
 
 def lesson(dataset: Dataset, epochs: int, seed: int) -> dict[str, Any]:

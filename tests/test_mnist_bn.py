@@ -30,7 +30,7 @@ from bnjax.errors import DownloadError
 from bnjax.paired import Arm, Lane
 from bnjax.statistics import summarize
 from bnjax.training import Batch
-from experiments import devices, mnist_bn, report, runs
+from experiments import devices, divergences, mnist_bn, report, runs
 from experiments.options import Execution
 from experiments.presets import Deep10, Experiment
 
@@ -229,7 +229,7 @@ class TestRunDirectory:
     def test_summary_is_of_the_last_epoch(self, finished):
         summary = json.loads((finished.path / "summary.json").read_text())
         lines = runs.read_metrics(finished.path)
-        assert summary == runs.summarize(lines)
+        assert summary == {**runs.summarize(lines), "divergences": []}
         assert summary["arms"]["bn"]["test_loss"]["mean"] == lines[2]["test_loss"]
         assert summary["paired_differences"]["test_loss"]["mean"] == pytest.approx(
             lines[2]["test_loss"] - lines[3]["test_loss"]
@@ -713,6 +713,42 @@ class TestDivergence:
         for line in runs.read_metrics(diverged.path):
             assert [line[name] for name in ("train_cost", "train_loss", "test_loss")] == [None] * 3
             assert line["test_accuracy"] is not None
+
+    def test_is_marked_with_step_and_layer(self, diverged):
+        marks = divergences.read(diverged.path)
+        assert [(mark["arm"], mark["replicate"], mark["epoch"]) for mark in marks] == [
+            (arm, 0, 1) for arm in runs.ARMS
+        ]
+        for mark in marks:
+            assert mark["step"] > 1
+            assert re.match(r"(Dense|BatchNorm)_\d+$", mark["layer"])
+            told = f"{mark['arm']}, replicate 0 diverged in step {mark['step']} of epoch 1"
+            assert f"NOTE: {told}; not finite from {mark['layer']} on" in diverged.result.out
+            assert told in References((diverged.path / "report.html").read_text()).text
+        summary = json.loads((diverged.path / "summary.json").read_text())
+        assert summary["divergences"] == marks
+
+    def test_that_only_the_evaluation_meets_is_marked_without_a_step(self, tmp_path):
+        path = tmp_path / "run"
+        full_batch = "--batch-size", 1437, "--learning-rate", 1e38, "--epochs", 1
+        result = call(*SMALL, *DIGITS, *full_batch, "--out", path)
+        assert result.status == 3
+        marks = divergences.read(path)
+        assert [(mark["arm"], mark["epoch"], mark["step"]) for mark in marks] == [
+            (arm, 1, None) for arm in runs.ARMS
+        ]
+        for mark in marks:
+            assert re.match(r"(Dense|BatchNorm)_\d+$", mark["layer"])
+        assert "bn, replicate 0 diverged in the evaluation after epoch 1; not" in result.out
+
+    def test_marks_of_epochs_to_come_are_dropped(self, halfway, tmp_path):
+        path = copy(halfway, tmp_path / "run")
+        marks = [
+            {"arm": "bn", "replicate": 0, "epoch": e, "step": 1, "layer": None} for e in (1, 2)
+        ]
+        runs.write_json(path / "divergences.json", marks)
+        assert call("--resume", path, "--epochs", 2).status == 0
+        assert divergences.read(path) == marks[:1]
 
     def test_is_reported(self, diverged):
         summary = json.loads((diverged.path / "summary.json").read_text())

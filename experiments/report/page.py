@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 
-from experiments import options, runs
+from experiments import divergences, options, runs
 from experiments.console import ONE_REPLICATE, TITLES, format_certainty, format_summary
 from experiments.presets import Experiment
 from experiments.report import figures
@@ -38,6 +38,7 @@ def write(path: Path, summary: Mapping[str, Any]) -> None:
         experiment=experiment,
         features=features_png and data_uri(features_png),
         certainty=format_certainty,
+        divergences=map(divergences.describe, divergences.read(path)),
         format=format_summary,
         one_replicate=ONE_REPLICATE,
         summary=summary,

@@ -1,0 +1,122 @@
+"""Which replicates stopped being finite, and where: found after each epoch, kept in a file."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from bnjax import divergence, paired
+from bnjax.errors import CheckpointError
+from bnjax.paired import Epoch, States
+from bnjax.training import Batch, TrainState
+from experiments import runs
+
+FILE = "divergences.json"
+
+
+def record(
+    path: Path,
+    epoch: Epoch,
+    keys: Array,
+    train: Batch,
+    test: Batch,
+    batch_size: int,
+    before: Callable[[], States],
+) -> list[dict[str, Any]]:
+    """Adds the replicates that stopped being finite in an epoch to those of a run.
+
+    Args:
+        path: run directory.
+        epoch: what it left behind.
+        keys: of the replicates, `[R]`.
+        train: the training set.
+        test: the test set.
+        batch_size: examples per step.
+        before: gives the states before the epoch.
+
+    Returns:
+        The new ones, `{arm, replicate, epoch, step, layer}`, counted as there. Without a step all
+        of them were finite, and the evaluation after them was not.
+    """
+    known = read(path)
+    seen = {(mark["arm"], mark["replicate"]) for mark in known}
+    found = [place for place in _lost(epoch) if place[:2] not in seen]
+    states = before() if any(step for *_, step in found) else {}
+    marks = []
+    for arm, replicate, step in found:
+        if step:
+            state, batch = divergence.replay(
+                _pick(states, arm, replicate),
+                train,
+                paired.derive(keys[replicate], "order", epoch.number),
+                step=step,
+                batch_size=batch_size,
+            )
+        else:
+            state = _pick(epoch.states, arm, replicate)
+            batch = train if np.isfinite(epoch.test[arm].loss[replicate]) else test
+        layer = divergence.first_layer(state, batch, train=bool(step))
+        place = {"arm": arm, "replicate": replicate, "epoch": epoch.number}
+        marks.append({**place, "step": step, "layer": layer})
+    if marks:
+        runs.write_json(path / FILE, [*known, *marks])
+    return marks
+
+
+def _lost(epoch: Epoch) -> list[tuple[str, int, int | None]]:
+    """Arm, replicate and step of all that is not finite."""
+    found = []
+    for arm, metrics in epoch.steps.items():
+        evaluated = np.asarray(epoch.train[arm].loss) + np.asarray(epoch.test[arm].loss)
+        for replicate, losses in enumerate(np.asarray(metrics.loss)):
+            step = divergence.first_step(losses)
+            if step or not np.isfinite(evaluated[replicate]):
+                found.append((arm, replicate, step))
+    return found
+
+
+def _pick(states: States, arm: str, replicate: int) -> TrainState:
+    return jax.tree.map(lambda leaf: leaf[replicate], states[arm])
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Those of a run.
+
+    Raises:
+        CheckpointError: if they cannot be read.
+    """
+    file = path / FILE
+    marks = runs.parse(file, file.read_bytes()) if file.exists() else []
+    if not isinstance(marks, list) or not all(map(_is_mark, marks)):
+        raise CheckpointError(f"{file} is damaged: it is no list of divergences")
+    return marks
+
+
+def _is_mark(mark: Any) -> bool:
+    return (
+        isinstance(mark, dict)
+        and all(type(mark.get(name)) is int for name in ("replicate", "epoch"))
+        and type(mark.get("step", "")) in (int, type(None))
+        and type(mark.get("layer", 0)) in (str, type(None))
+        and mark.get("arm") in runs.ARMS
+    )
+
+
+def truncate(path: Path, epochs: int) -> None:
+    """Drops those of epochs after the first `epochs`."""
+    marks = read(path)
+    kept = [mark for mark in marks if mark["epoch"] <= epochs]
+    if kept != marks:
+        runs.write_json(path / FILE, kept)
+
+
+def describe(mark: Mapping[str, Any]) -> str:
+    """In words."""
+    when = f"in step {mark['step']} of" if mark["step"] else "in the evaluation after"
+    layer = f"; not finite from {mark['layer']} on" if mark["layer"] else ""
+    return (
+        f"{mark['arm']}, replicate {mark['replicate']} diverged {when} epoch {mark['epoch']}{layer}"
+    )
