@@ -1,0 +1,472 @@
+"""Whatever happens to a run, it goes on and ends with the numbers of one that nothing happened to.
+
+Real runs are killed at six random moments. The full count is
+
+    BNJAX_KILLS=30 python -m pytest -m slow tests/test_faults.py
+"""
+
+import contextlib
+import errno
+import io
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from bnjax import checkpoint
+from bnjax.errors import CheckpointWarning
+from experiments import devices, mnist_bn, report, runs
+
+pytestmark = pytest.mark.slow
+
+KILLS = int(os.environ.get("BNJAX_KILLS", "6"))
+EPOCHS = 4
+NETWORK = "--dataset", "digits", "--preset", "deep10", "--hidden-sizes", 5
+SETTINGS = *NETWORK, "--batch-size", 100, "--drop-last", "--no-progress"
+FULL = Path("/dev/full")
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+class Reference(NamedTuple):
+    """The run that nothing happened to, and how long it took from its first file to its end."""
+
+    path: Path
+    seconds: float
+
+
+def call(*arguments) -> Result:
+    """The command in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = mnist_bn.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            status = stop.code
+    return Result(status, out.getvalue(), err.getvalue())
+
+
+def new(path: Path, epochs: int = EPOCHS) -> tuple:
+    return *SETTINGS, "--epochs", epochs, "--out", path
+
+
+def lines_of(path: Path) -> list[dict]:
+    """A run's metrics without `seconds`, the only one that may differ between equal runs."""
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in runs.read_metrics(path)]
+
+
+def files_of(path: Path) -> set[str]:
+    """All files but those of orbax, which draws their names."""
+    files = {file.relative_to(path) for file in path.rglob("*") if file.is_file()}
+    return {str(file) for file in files if file.parts[0] != "checkpoints"}
+
+
+def arrays_of(path: Path) -> dict[int, dict[str, np.ndarray]]:
+    """What the checkpoints hold, as orbax reads it."""
+    with ocp.CheckpointManager(path / "checkpoints") as manager:
+        restored = {
+            step: manager.restore(step, args=ocp.args.StandardRestore())
+            for step in manager.all_steps()
+        }
+    return {
+        step: {name: np.asarray(value) for name, value in arrays.items()}
+        for step, arrays in restored.items()
+    }
+
+
+def assert_equal_runs(path: Path, reference: Path) -> None:
+    assert lines_of(path) == lines_of(reference)
+    assert files_of(path) == files_of(reference)
+    for name in ("summary.json", "curves.svg", "features.png"):
+        assert (path / name).read_bytes() == (reference / name).read_bytes()
+    assert (path / "report.html").read_text().endswith("</html>")
+    mine, others = arrays_of(path), arrays_of(reference)
+    assert max(mine) == max(others) == EPOCHS
+    assert {n: (a.dtype, a.tobytes()) for n, a in mine[EPOCHS].items()} == {
+        n: (a.dtype, a.tobytes()) for n, a in others[EPOCHS].items()
+    }
+
+
+def assert_told(result: Result, path: Path, file: str, reason: str) -> None:
+    """One sentence, which names the file, and how to go on where that is possible."""
+    assert result.status == 2
+    assert len(result.err.splitlines()) == 1
+    assert result.err.startswith("error: ")
+    assert f"{path / file}" in result.err
+    assert reason in result.err
+    assert "Traceback" not in result.out + result.err
+    goes_on = (path / "config.json").exists()
+    assert result.err.rstrip().endswith(shlex.join(["--resume", str(path)])) == goes_on
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache_home(tmp_path_factory):
+    """What this file compiles is compiled once, for this process and those it starts."""
+    home = tmp_path_factory.mktemp("cache_home")
+    compilation_cache.reset_cache()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(home))
+        devices.cache_programs(home / "bnjax" / "programs")
+        patch.setattr(devices, "cache_programs", lambda directory: None)
+        yield home
+    devices.jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
+def start(home: Path, *arguments, limit: int | None = None) -> subprocess.Popen:
+    """The command in a process of its own, whose files may not grow beyond `limit` bytes."""
+    script = (
+        "import resource, runpy; "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
+        "runpy.run_module('experiments.mnist_bn', run_name='__main__')"
+    )
+    how = ("-m", "experiments.mnist_bn") if limit is None else ("-c", script)
+    return subprocess.Popen(
+        [sys.executable, *how, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "XDG_CACHE_HOME": str(home)},
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(cache_home, tmp_path_factory) -> Reference:
+    directory = tmp_path_factory.mktemp("reference")
+    for name in ("cold", "warm"):
+        running = start(cache_home, *new(directory / name))
+        wait_for(running, (directory / name).exists)
+        begin = time.monotonic()
+        _, err = running.communicate(timeout=120)
+        assert (running.returncode, err) == (0, "")
+    return Reference(directory / "warm", time.monotonic() - begin)
+
+
+@pytest.fixture(scope="module")
+def three_epochs(reference, tmp_path_factory) -> Path:
+    """One epoch short of the reference."""
+    path = tmp_path_factory.mktemp("three_epochs") / "run"
+    assert call(*new(path, epochs=3)).status == 0
+    return path
+
+
+def wait_for(running: subprocess.Popen, happened: Callable[[], bool]) -> None:
+    while running.poll() is None and not happened():
+        time.sleep(0.0005)
+
+
+def look(path: Path) -> list[tuple[str, int, int]]:
+    """Names, times and sizes of everything that is there just now."""
+    found = []
+    for file in (path, *path.rglob("*")):
+        with contextlib.suppress(OSError):
+            stat = file.stat()
+            found.append((str(file), stat.st_mtime_ns, stat.st_size))
+    return found
+
+
+def kill(running: subprocess.Popen, path: Path, seconds: float, chance: random.Random) -> str:
+    """Kills a run some time after it first wrote to its directory; says when that was."""
+    config = look(path / "config.json")
+    watched = chance.choice(["", "", "checkpoints", "metrics.jsonl", "probes", "curves.png"])
+    delay = chance.uniform(0, 0.05 if watched else seconds)
+    wait_for(running, lambda: look(path / "config.json") != config)
+    for _ in range(chance.randint(1, 3) if watched else 0):
+        before = look(path / watched)
+        wait_for(running, lambda seen=before: look(path / watched) != seen)
+    time.sleep(delay)
+    running.kill()
+    running.communicate(timeout=60)
+    return f"{delay:.3f} s after {watched or 'the start'}, status {running.returncode}"
+
+
+def resume_or_begin(path: Path) -> tuple:
+    return ("--resume", path) if path.exists() else new(path)
+
+
+@pytest.mark.parametrize("seed", range(KILLS))
+def test_killed_at_a_random_moment(cache_home, reference, tmp_path, seed):
+    chance, path, kills = random.Random(seed), tmp_path / "run", 0
+    while kills == 0 or chance.random() < 0.4:
+        running = start(cache_home, *resume_or_begin(path))
+        print("killed", kill(running, path, reference.seconds, chance))
+        if running.returncode != 0:
+            kills += 1
+        elif kills == 0:
+            shutil.rmtree(path)  # it was too late: the run had ended
+
+    running = start(cache_home, *resume_or_begin(path))
+    _, err = running.communicate(timeout=120)
+    assert (running.returncode, err) == (0, "")
+    assert_equal_runs(path, reference.path)
+
+
+def test_killed_again_and_again_it_still_arrives(cache_home, reference, tmp_path):
+    """Each time it is killed as soon as it has recorded one epoch more."""
+    path, status, kills = tmp_path / "run", None, 0
+    while status != 0:
+        running = start(cache_home, *resume_or_begin(path))
+        saved = path / "checkpoints" / str(kills + 1)
+        wait_for(running, saved.exists)
+        if kills < EPOCHS:
+            running.send_signal(signal.SIGKILL)
+        running.communicate(timeout=60)
+        status, kills = running.returncode, kills + 1
+        assert kills < 10
+    assert_equal_runs(path, reference.path)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    file.write_bytes(content)
+
+
+def data_file(step: Path) -> Path:
+    return max((file for file in step.rglob("*") if file.is_file()), key=lambda f: f.stat().st_size)
+
+
+def damage(step: Path, how: str) -> None:
+    if how == "no manifest":
+        (step / "default" / "manifest.ocdbt").unlink()
+    else:
+        {"truncated": truncate, "emptied": empty, "flipped": flip}[how](data_file(step))
+
+
+DAMAGES = ("truncated", "emptied", "flipped", "no manifest")
+
+
+def notes(result: Result) -> list[str]:
+    return [line for line in (result.out + result.err).splitlines() if line.startswith("NOTE")]
+
+
+class TestDamagedCheckpoint:
+    @pytest.mark.parametrize("how", DAMAGES)
+    def test_newest_gives_way_to_the_one_before(self, reference, three_epochs, tmp_path, how):
+        path = Path(shutil.copytree(three_epochs, tmp_path / "run"))
+        damage(path / "checkpoints" / "3", how)
+        result = call("--resume", path, "--epochs", EPOCHS)
+        assert result.status == 0
+        assert "going on after epoch 2" in result.out
+        (note,) = notes(result)
+        assert f"{path / 'checkpoints' / '3'}: damaged (" in note
+        assert_equal_runs(path, reference.path)
+
+    def test_all_of_them_give_way_to_the_beginning(self, reference, three_epochs, tmp_path):
+        path = Path(shutil.copytree(three_epochs, tmp_path / "run"))
+        damage(path / "checkpoints" / "3", "truncated")
+        damage(path / "checkpoints" / "2", "no manifest")
+        result = call("--resume", path, "--epochs", EPOCHS)
+        assert result.status == 0
+        assert "going on after epoch 0" in result.out
+        assert len(notes(result)) == 2
+        assert_equal_runs(path, reference.path)
+
+    def test_shows_no_traceback(self, cache_home, reference, three_epochs, tmp_path):
+        """In a process of its own, where orbax's threads write to the terminal as they like."""
+        path = Path(shutil.copytree(three_epochs, tmp_path / "run"))
+        damage(path / "checkpoints" / "3", "truncated")
+        running = start(cache_home, "--resume", path, "--epochs", EPOCHS)
+        _, err = running.communicate(timeout=120)
+        assert (running.returncode, err) == (0, "")
+        assert_equal_runs(path, reference.path)
+
+    @pytest.mark.parametrize("harm", [truncate, empty, flip, Path.unlink])
+    def test_whatever_file_it_is_nothing_wrong_is_restored(self, tmp_path, harm):
+        states = {"a": np.arange(1000, dtype=np.float32), "b": np.ones(3, np.int32)}
+        states = devices.jax.tree.map(devices.jax.numpy.asarray, states)
+        with checkpoint.Checkpoints(tmp_path / "whole") as checkpoints:
+            for epoch in (1, 2):
+                checkpoints.save(epoch, devices.jax.tree.map(lambda a, n=epoch: a + n, states))
+        for file in sorted((tmp_path / "whole" / "2").rglob("*")):
+            if not file.is_file():
+                continue
+            shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
+            harm(tmp_path / "damaged" / file.relative_to(tmp_path / "whole"))
+            with (
+                warnings.catch_warnings(),
+                checkpoint.Checkpoints(tmp_path / "damaged") as checkpoints,
+            ):
+                warnings.simplefilter("ignore", CheckpointWarning)
+                epochs, restored = checkpoints.restore(states)
+            assert epochs in (1, 2), file
+            for name, values in states.items():
+                np.testing.assert_array_equal(restored[name], values + epochs)
+            shutil.rmtree(tmp_path / "damaged")
+
+
+def tear_next(file: Path) -> None:
+    with file.open("a") as stream:
+        stream.write('{"epoch": 4, "arm": "bn", "repl')
+
+
+def tear_last(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def cut_last(file: Path) -> None:
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:-1]))
+
+
+class TestTornMetrics:
+    @pytest.mark.parametrize(
+        ("tear", "epochs"), [(tear_next, 3), (tear_last, 2), (cut_last, 2), (Path.unlink, 0)]
+    )
+    def test_what_is_not_recorded_is_trained_again(
+        self, reference, three_epochs, tmp_path, tear, epochs
+    ):
+        path = Path(shutil.copytree(three_epochs, tmp_path / "run"))
+        tear(path / "metrics.jsonl")
+        result = call("--resume", path, "--epochs", EPOCHS)
+        assert result.status == 0
+        assert f"going on after epoch {epochs}\n" in result.out
+        assert len(notes(result)) == min(3 - epochs, checkpoint.KEEP)
+        assert_equal_runs(path, reference.path)
+
+    def test_damage_in_the_middle_is_refused_and_left_alone(self, three_epochs, tmp_path):
+        path = Path(shutil.copytree(three_epochs, tmp_path / "run"))
+        content = (path / "metrics.jsonl").read_bytes().replace(b"epoch", b"epoxh", 1)
+        (path / "metrics.jsonl").write_bytes(content)
+        result = call("--resume", path, "--epochs", EPOCHS)
+        assert result.status == 2
+        assert "metrics.jsonl is damaged: line 1 does not hold" in result.err
+        assert (path / "metrics.jsonl").read_bytes() == content
+        assert (path / "checkpoints" / "3").exists()
+
+
+@pytest.fixture
+def hook(monkeypatch):
+    """Has something happen before or after the n-th call of a function."""
+
+    def install(target, name: str, action: Callable[[], None], *, calls=1, before=False) -> None:
+        original, done = getattr(target, name), []
+
+        def hooked(*arguments, **settings):
+            done.append(None)
+            if before and len(done) == calls:
+                action()
+            result = original(*arguments, **settings)
+            if not before and len(done) == calls:
+                action()
+            return result
+
+        monkeypatch.setattr(target, name, hooked)
+
+    return install
+
+
+class TestRemovedRunDirectory:
+    @pytest.mark.parametrize("epoch", [1, 2])
+    @pytest.mark.parametrize(
+        ("target", "name"),
+        [
+            (runs, "append_metrics"),
+            (checkpoint.Checkpoints, "save"),
+        ],
+    )
+    def test_while_training(self, tmp_path, hook, target, name, epoch):
+        path = tmp_path / "run"
+        hook(target, name, lambda: shutil.rmtree(path, ignore_errors=True), calls=epoch)
+        result = call(*new(path))
+        assert_told(result, path, "", "")
+        assert not (path / "summary.json").exists()
+
+    def test_before_the_report(self, tmp_path, hook):
+        path = tmp_path / "run"
+        hook(report, "write", lambda: shutil.rmtree(path), before=True)
+        assert_told(call(*new(path)), path, "", "")
+
+    def test_moved_elsewhere_it_goes_on_there(self, reference, tmp_path, hook):
+        path, moved = tmp_path / "run", tmp_path / "moved"
+        hook(runs, "append_metrics", lambda: path.rename(moved), calls=2)
+        assert_told(call(*new(path)), path, "", "")
+        assert call("--resume", moved).status == 0
+        assert_equal_runs(moved, reference.path)
+
+
+class TestDiskFull:
+    @pytest.mark.parametrize(
+        ("limit", "file"),
+        [(50_000, "checkpoints"), (100_000, "curves.png"), (150_000, "report.html")],
+    )
+    def test_in_a_process_of_its_own(self, cache_home, reference, tmp_path, limit, file):
+        path = tmp_path / "run"
+        running = start(cache_home, *new(path), limit=limit)
+        out, err = running.communicate(timeout=120)
+        assert_told(Result(running.returncode, out, err), path, file, "File too large")
+        assert call("--resume", path).status == 0
+        assert_equal_runs(path, reference.path)
+
+    @pytest.mark.skipif(not FULL.exists(), reason="this system has no device that is always full")
+    @pytest.mark.parametrize(
+        "file",
+        ["metrics.jsonl", "probes/epoch-002.npz", "features.png", "report.html", "summary.json"],
+    )
+    def test_of_every_file(self, reference, tmp_path, hook, file):
+        path = tmp_path / "run"
+        place = path / file
+        if file != "metrics.jsonl":
+            place = place.with_name(f".{place.name}.partial")
+
+        def fill() -> None:
+            if place.exists():
+                place.rename(tmp_path / "kept")
+            place.symlink_to(FULL)
+
+        hook(checkpoint.Checkpoints, "save", fill)
+        assert_told(call(*new(path)), path, file, os.strerror(errno.ENOSPC))
+        if place.is_symlink():
+            place.unlink()
+        if (tmp_path / "kept").exists():
+            (tmp_path / "kept").rename(place)
+        assert call("--resume", path).status == 0
+        assert_equal_runs(path, reference.path)
+
+    @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
+    def test_configuration(self, tmp_path, monkeypatch, code):
+        def fail(*_):
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(runs, "write_bytes", fail)
+        path = tmp_path / "run"
+        assert_told(call(*new(path)), path, "", os.strerror(code))
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.skipif(not FULL.exists(), reason="this system has no device that is always full")
+    def test_configuration_of_a_run_to_resume(self, reference, three_epochs, tmp_path):
+        path = Path(shutil.copytree(three_epochs, tmp_path / "run"))
+        before = (path / "config.json").read_bytes()
+        (path / ".config.json.partial").symlink_to(FULL)
+        result = call("--resume", path, "--epochs", EPOCHS)
+        assert_told(result, path, "config.json", os.strerror(errno.ENOSPC))
+        assert (path / "config.json").read_bytes() == before
+        assert json.loads((path / "summary.json").read_text())["epochs"] == 3
+        (path / ".config.json.partial").unlink()
+        assert call("--resume", path, "--epochs", EPOCHS).status == 0
+        assert_equal_runs(path, reference.path)
