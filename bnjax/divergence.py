@@ -13,6 +13,8 @@ from jax import Array, lax
 from bnjax import training
 from bnjax.training import AnyArray, Batch, TrainState
 
+LOSS = "loss"
+
 
 def first_step(losses: AnyArray) -> int | None:
     """The first step, counted from 1, whose loss is not finite; None if all are.
@@ -79,7 +81,7 @@ def first_layer(state: TrainState, batch: Batch, *, train: bool) -> str | None:
     lost = [name for name, ok in zip(names, np.asarray(finite), strict=True) if not ok]
     if lost:
         return lost[0]
-    return None if np.isfinite(loss) else "loss"
+    return None if np.isfinite(loss) else LOSS
 
 
 def _look(names: list[str], train: bool, state: TrainState, batch: Batch) -> tuple[Array, Array]:

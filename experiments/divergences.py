@@ -116,7 +116,8 @@ def truncate(path: Path, epochs: int) -> None:
 def describe(mark: Mapping[str, Any]) -> str:
     """In words."""
     when = f"in step {mark['step']} of" if mark["step"] else "in the evaluation after"
-    layer = f"; not finite from {mark['layer']} on" if mark["layer"] else ""
-    return (
-        f"{mark['arm']}, replicate {mark['replicate']} diverged {when} epoch {mark['epoch']}{layer}"
-    )
+    layer = mark["layer"] and f"; not finite from {mark['layer']} on"
+    if layer and mark["layer"] == divergence.LOSS:
+        layer = "; all layers were finite, the loss was not"
+    arm, replicate, epoch = mark["arm"], mark["replicate"], mark["epoch"]
+    return f"{arm}, replicate {replicate} diverged {when} epoch {epoch}{layer or ''}"
