@@ -8,6 +8,7 @@ import errno
 import math
 import os
 import re
+import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -32,9 +33,15 @@ class Checkpoints:
     Saving goes on in the background; leaving the `with` block waits for it.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """Looks into `directory`, which need not exist."""
+    def __init__(self, directory: Path, settings: str = "") -> None:
+        """Looks into `directory`, which need not exist.
+
+        Args:
+            directory: of the checkpoints; its parent must exist when one is saved.
+            settings: what decides the numbers of the run; states of others are refused.
+        """
         self._directory = directory.absolute()
+        self._settings = settings
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -57,65 +64,52 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp
 
+        packed = self._pack(epochs, states)
         with self._writing():
-            self._manager.save(epochs, args=ocp.args.StandardSave({"state": _pack(states)}))
+            self._directory.mkdir(exist_ok=True)  # orbax would make a lost run directory again
+            self._manager.save(epochs, args=ocp.args.StandardSave({"state": packed}))
 
     def restore(self, states: Any, *, at_most: float = math.inf) -> tuple[int, Any]:
         """The number of epochs of the last whole checkpoint and its states; `(0, states)` if none.
 
-        A checkpoint that cannot be read, or not as it was written, is removed with a
-        `CheckpointWarning`, and the one before takes its place.
+        A checkpoint that is not as it was written is set aside with a `CheckpointWarning`, and the
+        one before takes its place.
 
         Args:
             states: what a fresh run starts from; gives structure, shapes, dtypes and devices.
-            at_most: checkpoints of more epochs are removed too.
+            at_most: checkpoints of more epochs are set aside too.
 
         Raises:
-            CheckpointError: if the checkpoint holds states of another structure.
+            CheckpointError: if the checkpoint holds states of another structure or other settings.
+            OSError: if the system does not let it be read.
         """
         if not self._directory.is_dir():
             return 0, states
         for epochs in sorted(self._manager.all_steps(), reverse=True):
-            path = self._directory / str(epochs)
+            if epochs > at_most:
+                self._set_aside(epochs, f"only {at_most} epochs are recorded")
+                continue
             try:
-                if epochs > at_most:
-                    raise DamagedCheckpointError(f"{path}: only {at_most} epochs are recorded")
-                return epochs, self._unpack(self._read(epochs), states)
+                return epochs, self.at(epochs, states)
             except DamagedCheckpointError as error:
-                warnings.warn(f"{error}; an earlier state takes its place", CheckpointWarning, 2)
-                self._manager.delete(epochs)
+                self._set_aside(epochs, str(error))
         return 0, states
 
     def at(self, epochs: int, states: Any) -> Any:
         """The states after `epochs` epochs, of a checkpoint that is still kept.
 
         Raises:
-            CheckpointError: if it cannot be read.
+            DamagedCheckpointError: if it is not as it was written.
+            CheckpointError: if it holds states of another structure or other settings.
+            OSError: if the system does not let it be read.
         """
         with self._writing():
             self._manager.wait_until_finished()
-        return self._unpack(self._read(epochs), states)
-
-    def _read(self, epochs: int) -> np.ndarray:
-        import orbax.checkpoint as ocp
-
-        path = self._directory / str(epochs)
-        try:
-            saved = self._manager.restore(epochs, args=ocp.args.StandardRestore())
-        except Exception as error:  # orbax and its file formats raise whatever they like
-            raise DamagedCheckpointError(f"{path}: damaged ({_shorten(error)})") from error
-        if set(saved) != {"state"}:
-            raise CheckpointError(f"{path}: written by another version of bnjax; go on with it")
-        packed = np.asarray(saved["state"])
-        if len(packed) < HEADER or packed[:4].view(np.uint32) != _checksum(packed):
-            raise DamagedCheckpointError(f"{path}: damaged (its checksum is wrong)")
-        return packed
-
-    def _unpack(self, packed: np.ndarray, states: Any) -> Any:
-        if packed[:HEADER].view(np.uint32)[1] != _fingerprint(states):
+        packed = self._read(epochs)
+        if packed[:HEADER].view(np.uint32)[1] != self._fingerprint(states):
             raise CheckpointError(
-                f"{self._directory}: the checkpoint holds other variables than this version of the "
-                "networks; go on with the version that wrote it, or start a new run"
+                f"{self._directory / str(epochs)}: of other settings or of another version of the "
+                "networks; go on with those that wrote it, or start a new run"
             )
         place = HEADER
 
@@ -128,42 +122,78 @@ class Checkpoints:
 
         return jax.tree.map(take, states)
 
+    def _read(self, epochs: int) -> np.ndarray:
+        import orbax.checkpoint as ocp
+
+        path = self._directory / str(epochs)
+        try:
+            saved = self._manager.restore(epochs, args=ocp.args.StandardRestore())
+        except MemoryError:
+            raise
+        except Exception as error:  # orbax and its file formats raise whatever they like
+            code = _system_code(error)
+            if code not in (None, errno.ENOENT):
+                raise OSError(code, os.strerror(code), str(path)) from error
+            raise DamagedCheckpointError(f"it is damaged ({_shorten(error)})") from error
+        packed: Any = saved.get("state") if isinstance(saved, dict) and len(saved) == 1 else None
+        if not hasattr(packed, "dtype") or packed.dtype != np.uint8 or packed.ndim != 1:
+            raise CheckpointError(f"{path}: written by another version of bnjax; go on with it")
+        packed = np.asarray(packed)
+        if len(packed) < HEADER or packed[:4].view(np.uint32) != _checksum(epochs, packed):
+            raise DamagedCheckpointError("it is damaged (its checksum is wrong)")
+        return packed
+
+    def _set_aside(self, epochs: int, problem: str) -> None:
+        path = self._directory / str(epochs)
+        aside = path.rename(tempfile.mkdtemp(prefix=f"damaged-{epochs}-", dir=self._directory))
+        self._manager.reload()
+        warnings.warn(
+            f"{path}: {problem}; an earlier state takes its place, it is now {aside.name}",
+            CheckpointWarning,
+            stacklevel=3,
+        )
+
+    def _pack(self, epochs: int, states: Any) -> np.ndarray:
+        leaves = [np.asarray(leaf).reshape(-1).view(np.uint8) for leaf in jax.tree.leaves(states)]
+        packed = np.concatenate([np.zeros(HEADER, np.uint8), *leaves])
+        header = packed[:HEADER].view(np.uint32)
+        header[1] = self._fingerprint(states)
+        header[0] = _checksum(epochs, packed)
+        return packed
+
+    def _fingerprint(self, states: Any) -> int:
+        """A checksum of the settings and of the names, shapes and dtypes of all leaves."""
+        leaves, _ = jax.tree.flatten_with_path(states)
+        told = [(jax.tree_util.keystr(path), leaf.shape, leaf.dtype.name) for path, leaf in leaves]
+        return zlib.crc32(repr((self._settings, told)).encode())
+
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # as above; the system's own code stands in tensorstore's text
-            code = re.search(r"os_error_code='(\d+)'", str(error))
-            number = int(code[1]) if code else getattr(error, "errno", None) or errno.EIO
-            reason = os.strerror(number) if code else _shorten(error)
-            raise OSError(number, reason, str(self._directory)) from error
+        except Exception as error:  # as above
+            code = _system_code(error)
+            reason = os.strerror(code) if code else _shorten(error)
+            raise OSError(code or errno.EIO, reason, str(self._directory)) from error
 
     @cached_property
     def _manager(self) -> Any:
         import orbax.checkpoint as ocp  # a third of a second, after the first epoch's line
 
-        options = ocp.CheckpointManagerOptions(max_to_keep=KEEP)
+        # Made in the background, a directory that cannot be made would keep the program waiting.
+        at_once = ocp.AsyncOptions(create_directories_asynchronously=False)
+        options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, async_options=at_once)
         return ocp.CheckpointManager(self._directory, options=options)
 
 
-def _pack(states: Any) -> np.ndarray:
-    leaves = [np.asarray(leaf).reshape(-1).view(np.uint8) for leaf in jax.tree.leaves(states)]
-    packed = np.concatenate([np.zeros(HEADER, np.uint8), *leaves])
-    header = packed[:HEADER].view(np.uint32)
-    header[1] = _fingerprint(states)
-    header[0] = _checksum(packed)
-    return packed
+def _checksum(epochs: int, packed: np.ndarray) -> int:
+    return zlib.crc32(packed[4:].data, epochs)
 
 
-def _checksum(packed: np.ndarray) -> int:
-    return zlib.crc32(packed[4:].data)
-
-
-def _fingerprint(states: Any) -> int:
-    """A checksum of the names, shapes and dtypes of all leaves."""
-    leaves, _ = jax.tree.flatten_with_path(states)
-    told = [(jax.tree_util.keystr(path), leaf.shape, leaf.dtype.name) for path, leaf in leaves]
-    return zlib.crc32(repr(told).encode())
+def _system_code(error: Exception) -> int | None:
+    """The system's own number of an error, which tensorstore has in its text."""
+    told = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(told[1]) if told else getattr(error, "errno", None)
 
 
 def _shorten(error: Exception) -> str:

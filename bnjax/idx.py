@@ -20,8 +20,8 @@ UNSIGNED_BYTE = 8
 # Deflate cannot pack more than 1,032 bytes into one (RFC 1951: 258 bytes in two bits).
 MAX_INFLATION = 1032
 
-# Three times the largest of the family, EMNIST's 814,255 images.
-MAX_BYTES = 2**31
+# Three times the largest of the family, EMNIST.
+MAX_EXAMPLES = 3 * 814_255
 CHUNK = 2**20
 
 
@@ -67,6 +67,8 @@ def read_labels(path: Path) -> np.ndarray:
 
 def _read(path: Path, rank: int) -> np.ndarray:
     zipped = path.suffix == ".gz"
+    if path.is_fifo() or path.is_char_device() or path.is_block_device():
+        raise DataError(f"{path}: cannot be read: it is a pipe or a device, expected a file")
     try:
         with gzip.open(path) if zipped else path.open("rb") as file:
             limit = path.stat().st_size * (MAX_INFLATION if zipped else 1)
@@ -94,8 +96,8 @@ def _parse(file: IO[bytes] | gzip.GzipFile, path: Path, rank: int, limit: int) -
             f"{path}: truncated, the header announces {'x'.join(map(str, shape))} = {size} bytes, "
             "more than a file of this size can hold"
         )
-    if size > MAX_BYTES:
-        raise DataError(f"{path}: announces {size} bytes, expected no more than {MAX_BYTES}")
+    if shape[0] > MAX_EXAMPLES or size > 784 * MAX_EXAMPLES:
+        raise DataError(f"{path}: announces {shape[0]} examples, expected up to {MAX_EXAMPLES}")
     values = _read_up_to(file, size + 1)
     if len(values) != size:
         problem = "truncated" if len(values) < size else "oversized"

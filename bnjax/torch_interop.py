@@ -165,7 +165,7 @@ def _entries(sizes: Sequence[int], use_batch_norm: bool, names: Sequence[str] = 
 def _to_numpy(key: str, value: Any) -> np.ndarray:
     try:
         array = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # an object's own conversion raises whatever it likes
         raise ValueError(
             f"{key} cannot be read as a NumPy array ({error}): pass detached CPU tensors, bfloat16 "
             "ones as float32"

@@ -62,7 +62,7 @@ class EpochLines:
     def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Shows one epoch, given its lines of `metrics.jsonl`."""
         epoch, seconds = lines[0]["epoch"], lines[0]["seconds"]
-        by_arm = curves(lines)
+        by_arm = curves([{**line, "epoch": 1} for line in lines])
         means = {arm: [_mean(by_arm[arm][metric][-1]) for metric in SHOWN] for arm in ARMS}
         sides = "  ".join(
             f"{_ten_wide(cost)}{_ten_wide(loss)}{100 * accuracy:8.2f} %"

@@ -15,6 +15,8 @@ from bnjax.paired import Arm, Lane
 # JAX opens threads for each; some hundreds end the program.
 MAX_CPUS = 64
 
+CGROUP = Path("/sys/fs/cgroup/memory.max")
+
 
 def cache_programs(directory: Path) -> None:
     """Keeps compiled programs in `directory`, for the next run to load."""
@@ -58,7 +60,7 @@ def make_lanes(arms: tuple[Arm, ...], mesh: str, replicates: int) -> list[Lane]:
     """
     wanted = None if mesh == "auto" else parse_mesh(mesh)["replicate"]
     open_cpus(min(wanted or min(_cores(), len(arms) * replicates), MAX_CPUS))
-    devices = jax.devices()
+    devices = _devices()
     if devices[0].platform != "cpu":
         return [Lane(arms, make_mesh(wanted or min(replicates, len(devices))))]
     if wanted or len(devices) < len(arms):
@@ -71,11 +73,24 @@ def make_lanes(arms: tuple[Arm, ...], mesh: str, replicates: int) -> list[Lane]:
     ]
 
 
+def _devices() -> list[jax.Device]:
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0] or "none of those asked for is there"
+        raise ValueError(f"JAX finds no device ({reason}): see JAX_PLATFORMS, XLA_FLAGS") from error
+
+
 def memory(lanes: Sequence[Lane]) -> int:
-    """Bytes of memory on the accelerators of the lanes together, or of a machine without any."""
+    """Bytes of memory on the accelerators of the lanes together, or of a machine without any.
+
+    A container may have less than its machine: Linux tells by its control group.
+    """
     stats = [d.memory_stats() for d in {d for lane in lanes for d in lane.mesh.devices.flat}]
     if all(stats):
         return sum(one["bytes_limit"] for one in stats)
+    with contextlib.suppress(OSError, ValueError):
+        return min(psutil.virtual_memory().total, int(CGROUP.read_text()))
     return psutil.virtual_memory().total
 
 

@@ -70,10 +70,11 @@ def _lost(epoch: Epoch) -> list[tuple[str, int, int | None]]:
     """Arm, replicate and step of all that is not finite."""
     found = []
     for arm, metrics in epoch.steps.items():
-        evaluated = np.asarray(epoch.train[arm].loss) + np.asarray(epoch.test[arm].loss)
+        ends = np.stack([epoch.train[arm].loss, epoch.test[arm].loss])
+        evaluated = np.isfinite(ends).all(axis=0)
         for replicate, losses in enumerate(np.asarray(metrics.loss)):
             step = divergence.first_step(losses)
-            if step or not np.isfinite(evaluated[replicate]):
+            if step or not evaluated[replicate]:
                 found.append((arm, replicate, step))
     return found
 

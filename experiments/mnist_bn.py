@@ -21,7 +21,9 @@ Exit status: 0 success; 2 a mistake in the command, the settings or the data;
 3 every replicate of one network diverged; 130 after Ctrl-C, 143 after SIGTERM.
 """
 
+import dataclasses
 import io
+import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -51,39 +53,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ± is no reason to fail
     absl.logging.set_verbosity(absl.logging.FATAL)  # orbax logs tracebacks of what it raises
-    absl.logging.set_verbosity(absl.logging.FATAL)  # orbax logs tracebacks of what it raises
     console = Console()
     path: Path | None = None
 
     def command(check: Callable[[], None]) -> int:
         nonlocal path
-        plan = prepare(arguments, PROG, __doc__ or "", console)
-        if plan is None:
-            return 0
-        path = plan.options.execution.resume
-        open_directory(plan)
+        with endings.mistakes():
+            plan = prepare(arguments, PROG, __doc__ or "", console)
+            if plan is None:
+                return 0
+            if not plan.options.execution.resume:
+                runs.create(plan.path, plan.config)
         path = plan.path
-        display.print_plain(console, f"run directory: {path}")
-        return run(plan, console, check)
+        with runs.locked(path):
+            display.print_plain(console, f"run directory: {path}")
+            return run(plan, console, check)
 
-    return endings.run(command, lambda: _how_to_go_on(path) if path else None)
+    return endings.run(command, lambda: _how_to_go_on(path) if path else [])
 
 
 def _how_to_go_on(path: Path) -> list[str]:
     there = (path / "config.json").exists()
     return [*PROG.split(), "--resume", str(path)] if there else []
-
-
-def open_directory(plan: Plan) -> None:
-    """Makes the run directory, or brings the configuration of the one to resume up to date.
-
-    Raises:
-        ValueError: if that cannot be done.
-    """
-    if plan.options.execution.resume:
-        runs.write_json(plan.path / "config.json", plan.config)
-    else:
-        runs.create(plan.path, plan.config)
 
 
 def run(plan: Plan, console: Console, check: Callable[[], None]) -> int:
@@ -112,13 +103,17 @@ def run(plan: Plan, console: Console, check: Callable[[], None]) -> int:
         shared_init=experiment.shared_init,
     )
 
-    with checkpoint.Checkpoints(plan.path / "checkpoints") as checkpoints:
-        recorded = len(runs.read_metrics(plan.path)) // (len(runs.ARMS) * experiment.replicates)
+    decisive = {**dataclasses.asdict(experiment), "epochs": None}
+    settings = json.dumps({**decisive, "data": plan.config["dataset"]["sha256"]})
+    with checkpoint.Checkpoints(plan.path / "checkpoints", settings) as checkpoints:
+        lines = runs.read_metrics(plan.path, experiment.replicates)
+        recorded = len(lines) // (len(runs.ARMS) * experiment.replicates)
         with display.noting(console, CheckpointWarning):
             done, states = checkpoints.restore(create(), at_most=recorded)
         runs.truncate_metrics(plan.path, done)
         divergences.truncate(plan.path, done)
         if execution.resume:
+            runs.write_json(plan.path / "config.json", plan.config)
             display.print_plain(console, f"going on after epoch {done}")
         epochs = paired.run(
             plan.lanes,
@@ -221,4 +216,4 @@ def _divide(sums: jax.Array, counts: jax.Array) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    endings.leave(main())

@@ -17,7 +17,6 @@ from bnjax.errors import DataWarning
 from bnjax.paired import Arm, Lane
 from experiments import devices, options, runs
 from experiments.console import noting, print_plain
-from experiments.endings import SMALLER
 from experiments.options import Options
 from experiments.presets import Experiment
 
@@ -51,7 +50,7 @@ def prepare(arguments: Sequence[str], prog: str, description: str, console: Cons
     if execution.resume and runs.is_finished(execution.resume, experiment.epochs):
         print_plain(console, f"{execution.resume} is finished: {experiment.epochs} epochs")
         return None
-    out = execution.out and execution.out.expanduser()
+    out = execution.out and runs.expand(execution.out)
     if out:
         runs.check_free(out)
 
@@ -72,7 +71,7 @@ def prepare(arguments: Sequence[str], prog: str, description: str, console: Cons
     check_memory(experiment, devices.memory(lanes))
     path = execution.resume or out
     path = path or runs.default_path(experiment.preset, dataset.name)
-    data_dir = execution.data_dir and execution.data_dir.expanduser().absolute()
+    data_dir = execution.data_dir and runs.expand(execution.data_dir).absolute()
     experiment = dataclasses.replace(experiment, dataset=dataset.name)
     execution = dataclasses.replace(execution, data_dir=data_dir)
     origin = {
@@ -96,6 +95,7 @@ def _read_options(
     preset, resume = options.preset_and_resume(arguments)
     if not resume:
         return options.parse(arguments, options.preset_defaults(preset), prog, description), None
+    resume = runs.expand(resume)
     saved = runs.read_config(resume)
     try:
         before = Experiment.load(saved["experiment"])
@@ -106,7 +106,7 @@ def _read_options(
     _check_resumable(before, chosen.experiment, resume)
     if chosen.execution.feature_digit != defaults.execution.feature_digit:
         raise ValueError(f"{resume} records another test digit: --feature-digit cannot change")
-    return chosen, saved
+    return Options(chosen.experiment, dataclasses.replace(chosen.execution, resume=resume)), saved
 
 
 def make_arms(experiment: Experiment) -> tuple[Arm, ...]:
@@ -142,7 +142,8 @@ def check_memory(experiment: Experiment, available: int) -> None:
     if needed > available:
         raise ValueError(
             f"out of memory: these settings need about {needed / 1e9:.3g} GB and there are "
-            f"{available / 1e9:.3g} GB; {SMALLER}"
+            f"{available / 1e9:.3g} GB; choose smaller --hidden-sizes, a smaller --batch-size or "
+            "fewer --replicates"
         )
 
 
@@ -163,7 +164,7 @@ def load_data(name: str, directory: Path | None, console: Console) -> Dataset:
         ValueError: as `bnjax.data.load`.
     """
     with noting(console, DataWarning):
-        return data.load(name, directory)
+        return data.load(name, directory and runs.expand(directory))
 
 
 def _jsonable(values: dict[str, Any]) -> dict[str, Any]:

@@ -14,9 +14,7 @@ Exit status: 0 whatever the verdicts; 2 a mistake in the command, the settings o
 """
 
 import dataclasses
-import json
 import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,6 +38,7 @@ from experiments.presets import MAX_SEED, PRESETS, Experiment
 
 FEWEST = 512
 MAX_REPLICATES = 10_000
+PART = ("seconds", "result")
 PROG = "python -m experiments.reproduce"
 
 
@@ -88,24 +87,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def command(check: Callable[[], None]) -> int:
         nonlocal path
-        claims = load_claims()
-        if not options.claims:
-            console.print(verdicts.listing(claims.values()))
-            return 0
-        chosen = [choose("claim", name, [*claims, "all"]) for name in options.claims]
-        names = claims if "all" in chosen else dict.fromkeys(chosen)
-        dataset = load_data(options.dataset, options.data_dir, console)
-        check_data(dataset)
-        devices.cache_programs(data.cache_directory() / "programs")
-        devices.open_cpus()
-        jax.config.update("jax_default_matmul_precision", Experiment.matmul_precision)
-        path = open_directory(options, dataset)
-        print_plain(console, f"directory: {path}")
-        run([claims[name] for name in names], options, dataset, path, console, check)
-        print_plain(console, f"report: {path / 'report.html'}")
+        with endings.mistakes():
+            claims = load_claims()
+            if not options.claims:
+                console.print(verdicts.listing(claims.values()))
+                return 0
+            chosen = [choose("claim", name, [*claims, "all"]) for name in options.claims]
+            names = claims if "all" in chosen else dict.fromkeys(chosen)
+            dataset = load_data(options.dataset, options.data_dir, console)
+            check_data(dataset)
+            devices.cache_programs(data.cache_directory() / "programs")
+            devices.open_cpus()
+            jax.config.update("jax_default_matmul_precision", Experiment.matmul_precision)
+            path = open_directory(options, dataset)
+        with runs.locked(path):
+            print_plain(console, f"directory: {path}")
+            run([claims[name] for name in names], options, dataset, path, console, check)
+            print_plain(console, f"report: {path / 'report.html'}")
         return 0
 
-    return endings.run(command, lambda: _words(options, path) if path else None)
+    return endings.run(command, lambda: _words(options, path) if path else [])
 
 
 def check_data(dataset: Dataset) -> None:
@@ -127,14 +128,14 @@ def open_directory(options: Options, dataset: Dataset) -> Path:
     Raises:
         ValueError: if something else is there, or results with other settings.
     """
-    path = (options.out or runs.default_path("reproduce", dataset.name)).expanduser()
+    path = runs.expand(options.out or runs.default_path("reproduce", dataset.name))
     settings = {"quick": options.quick, "replicates": options.replicates, "seed": options.seed}
     found = {"name": dataset.name, "sha256": data.fingerprint(dataset)}
     origin = {**runs.provenance(), **devices.describe()}
     config = {
         "experiment": settings,
         "execution": {
-            "data_dir": options.data_dir and str(options.data_dir.expanduser().absolute())
+            "data_dir": options.data_dir and str(runs.expand(options.data_dir).absolute())
         },
         "dataset": {**found, "requested": options.dataset},
         **origin,
@@ -235,15 +236,16 @@ def _each(
         if not file.exists():
             start = time.perf_counter()
             result = runs.null_for_nan(compute(part))
-            runs.write_json(file, {"seconds": time.perf_counter() - start, "result": result})
-        results[part] = runs.nan_for_null(json.loads(file.read_text())["result"])
+            seconds = time.perf_counter() - start
+            runs.write_json(file, dict(zip(PART, (seconds, result), strict=True)))
+        results[part] = runs.nan_for_null(runs.read_object(file, PART)["result"])
         advance(1 / len(parts))
     return results
 
 
 def _seconds_before(directory: Path) -> float:
     """What the parts took that an earlier start has done."""
-    return sum(json.loads(file.read_text())["seconds"] for file in directory.glob("*.json"))
+    return sum(runs.read_object(file, PART)["seconds"] for file in directory.glob("*.json"))
 
 
 def _words(options: Options, path: Path | None) -> list[str]:
@@ -260,4 +262,4 @@ def _words(options: Options, path: Path | None) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    endings.leave(main())

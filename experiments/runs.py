@@ -9,6 +9,7 @@ checkpoints/     the state, to go on from
 curves.png ...   pictures, and report.html
 """
 
+import fcntl
 import importlib.metadata
 import itertools
 import json
@@ -29,7 +30,8 @@ from bnjax import statistics
 from bnjax.errors import CheckpointError
 
 ARMS = ("bn", "no_bn")
-SECTIONS = ("experiment", "execution", "dataset")
+SECTIONS = ("experiment", "execution", "dataset", "versions")
+LOSSES = ("train_cost", "train_loss", "test_loss")
 METRICS = ("train_cost", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
 
 
@@ -53,6 +55,8 @@ def check_free(path: Path) -> None:
         raise ValueError(f"{path} cannot be used: {error.strerror}") from error
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file: choose a directory for --out")
+    if path.resolve() == Path.cwd():
+        raise ValueError(f"{path} is where you are: choose another directory for --out")
 
 
 def create(path: Path, config: Mapping[str, Any]) -> None:
@@ -62,14 +66,16 @@ def create(path: Path, config: Mapping[str, Any]) -> None:
         ValueError: if it cannot be made.
     """
     check_free(path)
+    path = path.resolve()
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
         write_json(partial / "config.json", config)
         partial.rename(path)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise ValueError(f"{path} cannot be created: {error.strerror}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -88,6 +94,9 @@ def read_config(path: Path) -> dict[str, Any]:
     sections = [config.get(name) for name in SECTIONS] if isinstance(config, dict) else [None]
     if not all(isinstance(section, dict) for section in sections):
         raise CheckpointError(f"{file} is damaged: it lacks {', '.join(SECTIONS)}")
+    resumed = config.get("resumed", [])
+    if not isinstance(resumed, list) or not all(isinstance(one, dict) for one in resumed):
+        raise CheckpointError(f"{file} is damaged: what it says of resuming is no list")
     if not all(isinstance(config["dataset"].get(k), str) for k in ("name", "requested", "sha256")):
         raise CheckpointError(f"{file} is damaged: it does not describe its dataset")
     return config
@@ -100,16 +109,61 @@ def parse(file: Path, content: bytes) -> Any:
         CheckpointError: if it is no JSON.
     """
     try:
-        return json.loads(content)
+        return json.loads(content, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
+
+
+def read_object(file: Path, keys: Iterable[str]) -> dict[str, Any]:
+    """An object with these keys, that a run has written.
+
+    Raises:
+        CheckpointError: if it is not there in full.
+    """
+    content = parse(file, file.read_bytes())
+    if not isinstance(content, dict) or not content.keys() >= set(keys):
+        raise CheckpointError(f"{file} is damaged: expected {', '.join(keys)}")
+    return content
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number that JSON has")
+
+
+def expand(path: Path) -> Path:
+    """A path that a user typed, with `~` replaced.
+
+    Raises:
+        ValueError: if there is no such user.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps a run directory to this process.
+
+    Raises:
+        CheckpointError: if another process has it.
+    """
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise CheckpointError(f"{path} is in use by another process: wait for its end") from error
+    finally:
+        os.close(directory)
 
 
 def is_finished(path: Path, epochs: int) -> bool:
     """Whether a run has written its summary, the last of its files, after that many epochs."""
     try:
-        return json.loads((path / "summary.json").read_text())["epochs"] == epochs
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_object(path / "summary.json", ["epochs"])["epochs"] == epochs
+    except (OSError, CheckpointError):
         return False
 
 
@@ -181,8 +235,12 @@ def append_metrics(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
         os.fsync(stream.fileno())
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path, replicates: int | None = None) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl` but for a torn last one; none if it does not exist yet.
+
+    Args:
+        path: run directory.
+        replicates: how many there must be; by default as many as the first epoch has.
 
     Raises:
         CheckpointError: if they are not those of epochs from 1, each of every replicate and arm.
@@ -190,7 +248,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     file = path / "metrics.jsonl"
     content = file.read_bytes() if file.exists() else b""
     lines = [parse(file, line) for line in content.split(b"\n")[:-1]]
-    places = _places(sum(_starts_replicate(line) for line in lines) or 1)
+    places = _places(replicates or sum(map(_starts_replicate, lines)) or 1)
     for number, (line, place) in enumerate(zip(lines, places, strict=False), 1):
         if not _is_line(line, place):
             raise CheckpointError(
@@ -248,14 +306,11 @@ def nan_for_null(value: Any) -> Any:
     return math.nan if value is None else value
 
 
-def _is_finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
 def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, np.ndarray]]:
     """The metrics as arrays: `{arm: {metric: [epochs, replicates] float64}}`.
 
-    Where a replicate has diverged, all its metrics are NaN: its accuracy would be chance.
+    From the epoch on in which a loss of a replicate is not finite, all its metrics are NaN: its
+    accuracy would be chance.
     """
     lines = list(lines)
     epochs = max(line["epoch"] for line in lines)
@@ -264,10 +319,13 @@ def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, np.ndarray
         arm: {metric: np.full((epochs, replicates), np.nan) for metric in METRICS} for arm in ARMS
     }
     for line in lines:
-        if all(_is_finite(line[metric]) for metric in ("train_cost", "test_loss")):
-            for metric in METRICS:
-                place = line["epoch"] - 1, line["replicate"]
-                result[line["arm"]][metric][place] = line[metric]
+        place = line["epoch"] - 1, line["replicate"]
+        for metric, values in result[line["arm"]].items():
+            values[place] = line[metric]
+    for metrics in result.values():
+        finite = np.all([np.isfinite(metrics[name]) for name in LOSSES], axis=0)
+        for values in metrics.values():
+            values[~np.logical_and.accumulate(finite, axis=0)] = np.nan
     return result
 
 

@@ -12,7 +12,6 @@ Exit status: 0 success; 2 a mistake in the command, the settings or the data; 13
 Ctrl-C, 143 after SIGTERM.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -72,13 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
 
     def command(check: Callable[[], None]) -> int:
-        if settings.out is not None:
-            runs.check_free(settings.out.expanduser())
-        dataset = load_data(settings.dataset, settings.data_dir, console)
-        path = settings.out or runs.default_path("train_eval_mode", dataset.name)
-        path = path.expanduser()
-        path.mkdir(parents=True, exist_ok=True)
-        numbers = lesson(dataset, settings.epochs, settings.seed)
+        with endings.mistakes():
+            out = settings.out and runs.expand(settings.out)
+            if out is not None:
+                runs.check_free(out)
+            dataset = load_data(settings.dataset, settings.data_dir, console)
+            path = out or runs.default_path("train_eval_mode", dataset.name)
+            path.mkdir(parents=True, exist_ok=True)
+            numbers = lesson(dataset, settings.epochs, settings.seed)
         check()
         for line in tell(numbers):
             print_plain(console, line)
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_plain(console, f"\npicture and numbers: {path}")
         return 0
 
-    return endings.run(command, lambda: None)
+    return endings.run(command, list)
 
 
 def lesson(dataset: Dataset, epochs: int, seed: int) -> dict[str, Any]:
@@ -270,4 +270,4 @@ def _population(state: TrainState, train: Batch, test: Batch) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    endings.leave(main())

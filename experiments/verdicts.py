@@ -1,6 +1,5 @@
 """What is shown of the claims: the list, a line as each ends, and the page."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -42,7 +41,9 @@ def save(path: Path, claim: Claim, evidence: Evidence, seconds: float) -> None:
 
 def load(path: Path, claim: Claim) -> tuple[Evidence, float]:
     """The evidence of a claim, and the seconds that it took."""
-    content = runs.nan_for_null(json.loads((path / claim.id / EVIDENCE).read_text()))
+    content = runs.nan_for_null(
+        runs.read_object(path / claim.id / EVIDENCE, [*Evidence._fields, "seconds"])
+    )
     seconds = content.pop("seconds")
     return Evidence(**content), seconds
 

@@ -275,8 +275,48 @@ class TestDamagedCheckpoint:
         assert result.status == 0
         assert "going on after epoch 2" in result.out
         (note,) = notes(result)
-        assert f"{path / 'checkpoints' / '3'}: damaged (" in note
+        assert f"{path / 'checkpoints' / '3'}: it is damaged (" in note
         assert_equal_runs(path, reference.path)
+
+    def test_is_set_aside_not_lost(self, three_epochs, tmp_path):
+        path = Path(shutil.copytree(three_epochs, tmp_path / "run"))
+        damage(path / "checkpoints" / "3", "flipped")
+        before = data_file(path / "checkpoints" / "3").read_bytes()
+        assert call("--resume", path, "--epochs", EPOCHS).status == 0
+        (aside,) = (path / "checkpoints").glob("damaged-3-*")
+        assert data_file(aside).read_bytes() == before
+
+    def test_of_another_epoch_is_not_taken_for_it(self, three_epochs, tmp_path):
+        path = Path(shutil.copytree(three_epochs, tmp_path / "run"))
+        shutil.rmtree(path / "checkpoints" / "3")
+        shutil.copytree(path / "checkpoints" / "2", path / "checkpoints" / "3")
+        assert "going on after epoch 2" in call("--resume", path, "--epochs", EPOCHS).out
+
+    def test_what_cannot_be_read_just_now_is_left_alone(
+        self, reference, three_epochs, tmp_path, monkeypatch
+    ):
+        def fail(*_, **__):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+        path = Path(shutil.copytree(three_epochs, tmp_path / "run"))
+        with monkeypatch.context() as patch:
+            patch.setattr(ocp.CheckpointManager, "restore", fail)
+            result = call("--resume", path, "--epochs", EPOCHS)
+        assert_told(result, path, "checkpoints", os.strerror(errno.EACCES))
+        assert call("--resume", path, "--epochs", EPOCHS).status == 0
+        assert_equal_runs(path, reference.path)
+
+    @pytest.mark.parametrize(
+        "state", [np.ones(100, np.float32), np.ones((3, 3), np.uint8), np.array(1, np.uint8)]
+    )
+    def test_of_somebody_else_is_refused(self, three_epochs, tmp_path, state):
+        path = Path(shutil.copytree(three_epochs, tmp_path / "run"))
+        shutil.rmtree(path / "checkpoints")
+        with ocp.CheckpointManager(path / "checkpoints") as manager:
+            manager.save(3, args=ocp.args.StandardSave({"state": state}))
+        result = call("--resume", path, "--epochs", EPOCHS)
+        assert result.status == 2
+        assert "written by another version of bnjax" in result.err
 
     def test_all_of_them_give_way_to_the_beginning(self, reference, three_epochs, tmp_path):
         path = Path(shutil.copytree(three_epochs, tmp_path / "run"))
@@ -360,6 +400,28 @@ class TestTornMetrics:
         assert (path / "checkpoints" / "3").exists()
 
 
+class TestOneAtATime:
+    def test_a_second_process_is_refused(self, three_epochs, tmp_path):
+        path = Path(shutil.copytree(three_epochs, tmp_path / "run"))
+        with runs.locked(path):
+            result = call("--resume", path, "--epochs", EPOCHS)
+        assert result.status == 2
+        assert f"{path} is in use by another process" in result.err
+        assert call("--resume", path, "--epochs", EPOCHS).status == 0
+
+
+@pytest.mark.parametrize(("name", "value"), [("batch_size", 50), ("replicates", 2), ("seed", 1)])
+def test_settings_changed_in_the_file_are_refused(three_epochs, tmp_path, name, value):
+    path = Path(shutil.copytree(three_epochs, tmp_path / "run"))
+    config = runs.read_config(path)
+    config["experiment"][name] = value
+    runs.write_json(path / "config.json", config)
+    before = files_of(path), (path / "config.json").read_bytes()
+    assert call("--resume", path, "--epochs", EPOCHS).status == 2
+    assert (files_of(path), (path / "config.json").read_bytes()) == before
+    assert set(arrays_of(path)) == {2, 3}
+
+
 @pytest.fixture
 def hook(monkeypatch):
     """Has something happen before or after the n-th call of a function."""
@@ -397,6 +459,12 @@ class TestRemovedRunDirectory:
         assert_told(result, path, "", "")
         assert not (path / "summary.json").exists()
 
+    def test_before_its_first_checkpoint(self, tmp_path, hook):
+        path = tmp_path / "run"
+        hook(checkpoint.Checkpoints, "save", lambda: shutil.rmtree(path), before=True)
+        assert_told(call(*new(path)), path, "", "")
+        assert not path.exists()
+
     def test_before_the_report(self, tmp_path, hook):
         path = tmp_path / "run"
         hook(report, "write", lambda: shutil.rmtree(path), before=True)
@@ -411,6 +479,14 @@ class TestRemovedRunDirectory:
 
 
 class TestDiskFull:
+    def test_without_a_place_for_checkpoints_it_ends(self, cache_home, three_epochs, tmp_path):
+        path = Path(shutil.copytree(three_epochs, tmp_path / "run"))
+        shutil.rmtree(path / "checkpoints")
+        (path / "checkpoints").write_text("")
+        running = start(cache_home, "--resume", path, "--epochs", EPOCHS)
+        out, err = running.communicate(timeout=60)
+        assert_told(Result(running.returncode, out, err), path, "checkpoints", "File exists")
+
     @pytest.mark.parametrize(
         ("limit", "file"),
         [(50_000, "checkpoints"), (100_000, "curves.png"), (150_000, "report.html")],

@@ -134,8 +134,21 @@ def test_a_checkpoint_of_other_networks_is_refused(tmp_path):
 
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, states(2, 3))
-    with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match="other variables"):
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(ValueError, match="another version"),
+    ):
         checkpoints.restore(jax.tree.map(lambda a: jnp.moveaxis(a, 0, -1), states(2, 3)))
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    state = {"a": jnp.ones(3)}
+    with Checkpoints(tmp_path, "seed 0") as checkpoints:
+        checkpoints.save(1, state)
+    with Checkpoints(tmp_path, "seed 1") as other, pytest.raises(ValueError, match="of other set"):
+        other.restore(state)
+    with Checkpoints(tmp_path, "seed 0") as checkpoints:
+        assert checkpoints.restore(state)[0] == 1
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ class TestMistakes:
         assert contents(settled) == before
 
     def test_another_kind_of_run_is_named(self, capsys, tmp_path):
-        config = {"experiment": {"preset": "lab10"}, "execution": {}}
+        config = {"experiment": {"preset": "lab10"}, "execution": {}, "versions": {}}
         config["dataset"] = {"name": "digits", "requested": "digits", "sha256": "0"}
         (tmp_path / "config.json").write_text(json.dumps(config))
         assert call(REAL.id, *DIGITS, "--out", tmp_path) == 2

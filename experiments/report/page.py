@@ -44,7 +44,7 @@ def write(path: Path, summary: Mapping[str, Any]) -> None:
         summary=summary,
         titles=TITLES,
     )
-    runs.write_bytes(path / "report.html", html.encode())
+    runs.write_bytes(path / "report.html", html.encode(errors="replace"))
 
 
 def render(template: str, **values: Any) -> str:
