@@ -12,7 +12,7 @@ from bnjax import divergence, paired
 from bnjax.errors import CheckpointError
 from bnjax.paired import Epoch, States
 from bnjax.training import Batch, TrainState
-from experiments import runs
+from experiments import metrics, runs
 
 FILE = "divergences.json"
 
@@ -69,10 +69,10 @@ def record(
 def _lost(epoch: Epoch) -> list[tuple[str, int, int | None]]:
     """Arm, replicate and step of all that is not finite."""
     found = []
-    for arm, metrics in epoch.steps.items():
+    for arm, steps in epoch.steps.items():
         ends = np.stack([epoch.train[arm].loss, epoch.test[arm].loss])
         evaluated = np.isfinite(ends).all(axis=0)
-        for replicate, losses in enumerate(np.asarray(metrics.loss)):
+        for replicate, losses in enumerate(np.asarray(steps.loss)):
             step = divergence.first_step(losses)
             if step or not evaluated[replicate]:
                 found.append((arm, replicate, step))
@@ -102,7 +102,7 @@ def _is_mark(mark: Any) -> bool:
         and all(type(mark.get(name)) is int for name in ("replicate", "epoch"))
         and type(mark.get("step", "")) in (int, type(None))
         and type(mark.get("layer", 0)) in (str, type(None))
-        and mark.get("arm") in runs.ARMS
+        and mark.get("arm") in metrics.ARMS
     )
 
 

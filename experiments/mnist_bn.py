@@ -40,7 +40,7 @@ from bnjax.errors import CheckpointWarning
 from bnjax.paired import Lane, States
 from bnjax.training import Batch
 from experiments import console as display
-from experiments import divergences, endings, runs
+from experiments import divergences, endings, metrics, runs
 from experiments.plan import Plan, prepare
 
 PROG = "python -m experiments.mnist_bn"
@@ -106,11 +106,11 @@ def run(plan: Plan, console: Console, check: Callable[[], None]) -> int:
     decisive = {**dataclasses.asdict(experiment), "epochs": None}
     settings = json.dumps({**decisive, "data": plan.config["dataset"]["sha256"]})
     with checkpoint.Checkpoints(plan.path / "checkpoints", settings) as checkpoints:
-        lines = runs.read_metrics(plan.path, experiment.replicates)
-        recorded = len(lines) // (len(runs.ARMS) * experiment.replicates)
+        lines = metrics.read(plan.path, experiment.replicates)
+        recorded = len(lines) // (len(metrics.ARMS) * experiment.replicates)
         with display.noting(console, CheckpointWarning):
             done, states = checkpoints.restore(create(), at_most=recorded)
-        runs.truncate_metrics(plan.path, done)
+        metrics.truncate(plan.path, done)
         divergences.truncate(plan.path, done)
         if execution.resume:
             runs.write_json(plan.path / "config.json", plan.config)
@@ -128,7 +128,7 @@ def run(plan: Plan, console: Console, check: Callable[[], None]) -> int:
         with display.EpochLines(console, experiment, done, execution.progress) as epoch_lines:
             for epoch in epochs:
                 lines = metric_lines(epoch)
-                runs.append_metrics(plan.path, lines)
+                metrics.append(plan.path, lines)
                 epoch_lines.add(lines)
                 probes = probe(plan.lanes, epoch.states, example)
                 runs.write_arrays(plan.path / "probes" / f"epoch-{epoch.number:03}.npz", probes)
@@ -162,7 +162,7 @@ def metric_lines(epoch: paired.Epoch) -> list[dict[str, Any]]:
         }
         for arm, steps in epoch.steps.items()
     }
-    replicates = len(values[runs.ARMS[0]]["train_cost"])
+    replicates = len(values[metrics.ARMS[0]]["train_cost"])
     return [
         {
             "epoch": epoch.number,
@@ -172,7 +172,7 @@ def metric_lines(epoch: paired.Epoch) -> list[dict[str, Any]]:
             "seconds": epoch.seconds,
         }
         for replicate in range(replicates)
-        for arm in runs.ARMS
+        for arm in metrics.ARMS
     ]
 
 
@@ -194,13 +194,13 @@ def _probe_arm(module: models.MLP, variables: Any, example: Batch) -> dict[str, 
 def _finish(path: Path, console: Console) -> int:
     from experiments import report  # matplotlib takes a third of a second
 
-    lines = runs.read_metrics(path)
-    summary = {**runs.summarize(lines), "divergences": divergences.read(path)}
+    lines = metrics.read(path)
+    summary = {**metrics.summarize(lines), "divergences": divergences.read(path)}
     report.write(path, summary)
     runs.write_json(path / "summary.json", summary)
     console.print(display.closing_table(summary))
     display.print_plain(console, f"report: {path / 'report.html'}")
-    diverged = [arm for arm in runs.ARMS if summary["arms"][arm]["train_cost"]["n"] == 0]
+    diverged = [arm for arm in metrics.ARMS if summary["arms"][arm]["train_cost"]["n"] == 0]
     for arm in diverged:
         display.print_plain(Console(stderr=True), f"error: every replicate of {arm} has diverged")
     return 3 if diverged else 0

@@ -7,7 +7,6 @@ Real runs are killed at six random moments. The full count is
 
 import contextlib
 import errno
-import io
 import json
 import os
 import random
@@ -25,11 +24,12 @@ from typing import NamedTuple
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from command import Result, call, lines_of
 from jax.experimental.compilation_cache import compilation_cache
 
 from bnjax import checkpoint
 from bnjax.errors import CheckpointWarning
-from experiments import devices, mnist_bn, report, runs
+from experiments import devices, metrics, report, runs
 
 pytestmark = pytest.mark.slow
 
@@ -40,12 +40,6 @@ SETTINGS = *NETWORK, "--batch-size", 100, "--drop-last", "--no-progress"
 FULL = Path("/dev/full")
 
 
-class Result(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
 class Reference(NamedTuple):
     """The run that nothing happened to, and how long it took from its first file to its end."""
 
@@ -53,24 +47,8 @@ class Reference(NamedTuple):
     seconds: float
 
 
-def call(*arguments) -> Result:
-    """The command in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            status = mnist_bn.main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            status = stop.code
-    return Result(status, out.getvalue(), err.getvalue())
-
-
 def new(path: Path, epochs: int = EPOCHS) -> tuple:
     return *SETTINGS, "--epochs", epochs, "--out", path
-
-
-def lines_of(path: Path) -> list[dict]:
-    """A run's metrics without `seconds`, the only one that may differ between equal runs."""
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in runs.read_metrics(path)]
 
 
 def files_of(path: Path) -> set[str]:
@@ -448,7 +426,7 @@ class TestRemovedRunDirectory:
     @pytest.mark.parametrize(
         ("target", "name"),
         [
-            (runs, "append_metrics"),
+            (metrics, "append"),
             (checkpoint.Checkpoints, "save"),
         ],
     )
@@ -472,7 +450,7 @@ class TestRemovedRunDirectory:
 
     def test_moved_elsewhere_it_goes_on_there(self, reference, tmp_path, hook):
         path, moved = tmp_path / "run", tmp_path / "moved"
-        hook(runs, "append_metrics", lambda: path.rename(moved), calls=2)
+        hook(metrics, "append", lambda: path.rename(moved), calls=2)
         assert_told(call(*new(path)), path, "", "")
         assert call("--resume", moved).status == 0
         assert_equal_runs(moved, reference.path)

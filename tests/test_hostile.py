@@ -24,7 +24,7 @@ from bnjax.errors import DataError
 from bnjax.idx import read_images, read_labels
 from bnjax.models import MLP
 from bnjax.torch_interop import from_torch, to_torch
-from experiments import mnist_bn, report, runs
+from experiments import metrics, mnist_bn, report, runs
 from experiments.presets import PRESETS, Experiment
 
 HUGE = 2**32 - 1
@@ -290,11 +290,11 @@ class TestConfiguration:
 
 def line(epoch: int, arm: str, **changes) -> bytes:
     place = {"epoch": epoch, "arm": arm, "replicate": 0}
-    values = {**place, **dict.fromkeys(runs.METRICS, 0.5), "seconds": 0.1, **changes}
+    values = {**place, **dict.fromkeys(metrics.METRICS, 0.5), "seconds": 0.1, **changes}
     return json.dumps(values).encode() + b"\n"
 
 
-METRICS = b"".join(line(epoch, arm) for epoch in (1, 2) for arm in runs.ARMS)
+METRICS = b"".join(line(epoch, arm) for epoch in (1, 2) for arm in metrics.ARMS)
 METRIC_FILES = st.one_of(
     st.binary(),
     st.lists(JSON, max_size=3).map(lambda x: b"".join(json.dumps(y).encode() + b"\n" for y in x)),
@@ -325,7 +325,7 @@ class TestMetrics:
     def test_are_read_or_refused(self, place, content):
         (place / "metrics.jsonl").write_bytes(content)
         try:
-            lines = runs.read_metrics(place)
+            lines = metrics.read(place)
         except ValueError as error:
             assert_one_sentence(error, place / "metrics.jsonl")
         else:
@@ -339,12 +339,12 @@ class TestMetrics:
         file = place / "metrics.jsonl"
         file.write_bytes(content)
         try:
-            runs.truncate_metrics(place, 1)
+            metrics.truncate(place, 1)
         except ValueError as error:
             assert_one_sentence(error, file)
             assert file.read_bytes() == content
         else:
-            assert all(one["epoch"] <= 1 for one in runs.read_metrics(place))
+            assert all(one["epoch"] <= 1 for one in metrics.read(place))
 
     @examples(200)
     @given(METRIC_FILES)
@@ -352,11 +352,11 @@ class TestMetrics:
     def test_become_curves_or_are_refused(self, place, content):
         (place / "metrics.jsonl").write_bytes(content)
         try:
-            curves = runs.curves(runs.read_metrics(place))
+            curves = metrics.curves(metrics.read(place))
         except ValueError as error:
             assert_one_sentence(error)
         else:
-            assert tuple(curves) == runs.ARMS
+            assert tuple(curves) == metrics.ARMS
             shapes = {values.shape for arm in curves.values() for values in arm.values()}
             assert len(shapes) == 1
 
@@ -364,7 +364,7 @@ class TestMetrics:
     def test_of_absurd_values_are_refused(self, tmp_path, added):
         (tmp_path / "metrics.jsonl").write_bytes(METRICS + added)
         with pytest.raises(ValueError) as caught:  # noqa: PT011
-            runs.curves(runs.read_metrics(tmp_path))
+            metrics.curves(metrics.read(tmp_path))
         assert_one_sentence(caught.value)
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import io
 import json
 import os
 import re
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from command import Result, call, lines_of
 from jax.experimental.compilation_cache import compilation_cache
 
 from bnjax import data, download, paired
@@ -30,7 +30,7 @@ from bnjax.errors import DownloadError
 from bnjax.paired import Arm, Lane
 from bnjax.statistics import summarize
 from bnjax.training import Batch
-from experiments import devices, divergences, mnist_bn, report, runs
+from experiments import devices, divergences, metrics, report, runs
 from experiments.options import Execution
 from experiments.presets import Deep10, Experiment
 
@@ -44,36 +44,14 @@ COSTS = {"train_cost", "train_loss", "test_loss"}
 ACCURACIES = {"train_accuracy", "test_accuracy"}
 
 
-class Result(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
 class Run(NamedTuple):
     path: Path
     result: Result
 
 
-def call(*arguments) -> Result:
-    """The command in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            status = mnist_bn.main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            status = stop.code
-    return Result(status, out.getvalue(), err.getvalue())
-
-
 def plain(text: str) -> str:
     """Text without the boxes and the line breaks that tyro and rich put into it."""
     return " ".join(re.sub("[─-╿]", " ", text).split())
-
-
-def lines_of(path: Path) -> list[dict]:
-    """A run's metrics without `seconds`, the only one that may differ between equal runs."""
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in runs.read_metrics(path)]
 
 
 def contents(path: Path) -> dict[str, tuple[bytes, int]]:
@@ -206,7 +184,7 @@ class TestRunDirectory:
         assert re.fullmatch("[0-9a-f]{64}", config["dataset"]["sha256"])
 
     def test_metrics(self, finished):
-        lines = runs.read_metrics(finished.path)
+        lines = metrics.read(finished.path)
         assert [list(line) for line in lines] == [KEYS] * 4
         assert [(line["epoch"], line["arm"], line["replicate"]) for line in lines] == [
             *((1, "bn", 0), (1, "no_bn", 0), (2, "bn", 0), (2, "no_bn", 0)),
@@ -218,18 +196,18 @@ class TestRunDirectory:
         assert lines[2]["train_cost"] < lines[0]["train_cost"]
 
     def test_accuracies_count_every_example(self, finished):
-        for line in runs.read_metrics(finished.path):
+        for line in metrics.read(finished.path):
             for name, count in (("train_accuracy", 1437), ("test_accuracy", 360)):
                 assert line[name] * count == pytest.approx(round(line[name] * count), abs=1e-6)
 
     def test_both_arms_share_the_epochs_seconds(self, finished):
-        seconds = [line["seconds"] for line in runs.read_metrics(finished.path)]
+        seconds = [line["seconds"] for line in metrics.read(finished.path)]
         assert seconds[0] == seconds[1] != seconds[2] == seconds[3]
 
     def test_summary_is_of_the_last_epoch(self, finished):
         summary = json.loads((finished.path / "summary.json").read_text())
-        lines = runs.read_metrics(finished.path)
-        assert summary == {**runs.summarize(lines), "divergences": []}
+        lines = metrics.read(finished.path)
+        assert summary == {**metrics.summarize(lines), "divergences": []}
         assert summary["arms"]["bn"]["test_loss"]["mean"] == lines[2]["test_loss"]
         assert summary["paired_differences"]["test_loss"]["mean"] == pytest.approx(
             lines[2]["test_loss"] - lines[3]["test_loss"]
@@ -248,7 +226,7 @@ class TestRunDirectory:
     def test_one_line_per_epoch_and_the_closing_table(self, finished):
         assert re.findall(r"^(\d+/\d+) ", finished.result.out, re.MULTILINE) == ["1/2", "2/2"]
         table = finished.result.out.split("After 2 epochs")[1]
-        last = runs.read_metrics(finished.path)[-2:]
+        last = metrics.read(finished.path)[-2:]
         for line in last:
             assert f"{line['test_loss']:.4f}" in table
             assert f"{100 * line['test_accuracy']:.2f} %" in table
@@ -289,7 +267,7 @@ class TestReport:
         assert not re.search(r"@import|url\(", (finished.path / "report.html").read_text())
 
     def test_holds_the_final_numbers(self, page, finished):
-        for line in runs.read_metrics(finished.path)[-2:]:
+        for line in metrics.read(finished.path)[-2:]:
             assert all(f"{line[name]:.4f}" in page.text for name in COSTS)
             assert all(f"{100 * line[name]:.2f} %" in page.text for name in ACCURACIES)
 
@@ -331,7 +309,7 @@ class TestReproducibility:
 
     def test_replicates_differ(self, three):
         for epoch in (1, 2):
-            for arm in runs.ARMS:
+            for arm in metrics.ARMS:
                 mine = [x for x in lines_of(three.path) if (x["epoch"], x["arm"]) == (epoch, arm)]
                 assert [line["replicate"] for line in mine] == [0, 1, 2]
                 assert len({line["train_loss"] for line in mine}) == 3
@@ -371,17 +349,17 @@ class Recorder(nn.Module):
 def seen() -> dict[str, np.ndarray]:
     """What each arm's recorder remembers of three epochs, `{arm: [epochs, R, N]}`."""
     examples = Batch(jnp.eye(12), jnp.arange(12, dtype=jnp.int32) % 10)
-    arms = tuple(Arm(name, Recorder(), optax.sgd(0.1)) for name in runs.ARMS)
+    arms = tuple(Arm(name, Recorder(), optax.sgd(0.1)) for name in metrics.ARMS)
     mesh = devices.make_mesh(1)
     lanes = [Lane((arm,), mesh) for arm in arms]
     keys = paired.replicate_keys(0, 2)
     states = paired.create_states(lanes, keys, examples.images[:2])
     epochs = paired.run(lanes, states, keys, examples, examples, epochs=range(1, 4), batch_size=4)
     seen = [
-        {arm: np.array(epoch.states[arm].batch_stats["seen"]) for arm in runs.ARMS}
+        {arm: np.array(epoch.states[arm].batch_stats["seen"]) for arm in metrics.ARMS}
         for epoch in epochs
     ]
-    return {arm: np.stack([one[arm] for one in seen]) for arm in runs.ARMS}
+    return {arm: np.stack([one[arm] for one in seen]) for arm in metrics.ARMS}
 
 
 class TestArms:
@@ -439,7 +417,7 @@ class TestData:
         loaded = data.load("mnist", own.path.parent / "images")
         assert config["dataset"]["name"] == "mnist"
         assert config["dataset"]["sha256"] == data.fingerprint(loaded)
-        for line in runs.read_metrics(own.path):
+        for line in metrics.read(own.path):
             assert line["test_accuracy"] * 12 == pytest.approx(round(line["test_accuracy"] * 12))
 
     def test_resuming_finds_them_from_another_working_directory(self, own, tmp_path, monkeypatch):
@@ -680,8 +658,8 @@ class TestResume:
 
     def test_drops_lines_beyond_the_checkpoint_and_a_torn_one(self, finished, halfway, tmp_path):
         path = copy(halfway, tmp_path / "run")
-        stray = [{**line, "epoch": 2, "test_loss": 7.0} for line in runs.read_metrics(path)]
-        runs.append_metrics(path, stray)
+        stray = [{**line, "epoch": 2, "test_loss": 7.0} for line in metrics.read(path)]
+        metrics.append(path, stray)
         with (path / "metrics.jsonl").open("a") as file:
             file.write('{"epoch": 3, "arm": "b')
         assert call("--resume", path, "--epochs", 2).status == 0
@@ -704,20 +682,20 @@ def diverged(cache_home, tmp_path_factory) -> Run:
 class TestDivergence:
     def test_of_every_replicate_ends_with_3(self, diverged):
         assert diverged.result.status == 3
-        for arm in runs.ARMS:
+        for arm in metrics.ARMS:
             assert f"error: every replicate of {arm} has diverged" in diverged.result.err
 
     def test_is_recorded_as_null(self, diverged):
         text = (diverged.path / "metrics.jsonl").read_text()
         assert not re.search("NaN|Infinity", text)
-        for line in runs.read_metrics(diverged.path):
+        for line in metrics.read(diverged.path):
             assert [line[name] for name in ("train_cost", "train_loss", "test_loss")] == [None] * 3
             assert line["test_accuracy"] is not None
 
     def test_is_marked_with_step_and_layer(self, diverged):
         marks = divergences.read(diverged.path)
         assert [(mark["arm"], mark["replicate"], mark["epoch"]) for mark in marks] == [
-            (arm, 0, 1) for arm in runs.ARMS
+            (arm, 0, 1) for arm in metrics.ARMS
         ]
         for mark in marks:
             assert mark["step"] > 1
@@ -735,7 +713,7 @@ class TestDivergence:
         assert result.status == 3
         marks = divergences.read(path)
         assert [(mark["arm"], mark["epoch"], mark["step"]) for mark in marks] == [
-            (arm, 1, None) for arm in runs.ARMS
+            (arm, 1, None) for arm in metrics.ARMS
         ]
         for mark in marks:
             assert re.match(r"(Dense|BatchNorm)_\d+$", mark["layer"])
@@ -760,12 +738,12 @@ class TestDivergence:
     def test_counts_only_where_all_replicates_did(self, three, tmp_path, replicates, status):
         path = copy(three, tmp_path / "run")
         (path / "summary.json").unlink()
-        lines = runs.read_metrics(path)
+        lines = metrics.read(path)
         for line in lines:
             if line["arm"] == "no_bn" and line["replicate"] in replicates:
                 line.update(dict.fromkeys(COSTS))
         (path / "metrics.jsonl").unlink()
-        runs.append_metrics(path, lines)
+        metrics.append(path, lines)
         result = call("--resume", path)
         assert result.status == status
         assert ("every replicate of no_bn has diverged" in result.err) == (status == 3)
@@ -796,7 +774,7 @@ class TestStopping:
         _, stderr = running.communicate(timeout=60)
         assert running.returncode == status
         assert stderr == "stopped; go on with: python -m experiments.mnist_bn --resume run\n"
-        assert len(runs.read_metrics(tmp_path / "run")) < 2 * epochs
+        assert len(metrics.read(tmp_path / "run")) < 2 * epochs
         assert call("--resume", tmp_path / "run").status == 0
         assert len(lines_of(tmp_path / "run")) == 2 * epochs
         assert lines_of(tmp_path / "run")[:4] == lines_of(finished.path)
@@ -805,7 +783,7 @@ class TestStopping:
         ("module", "name", "calls"),
         [
             (paired, "create_states", 1),
-            (runs, "append_metrics", 2),
+            (metrics, "append", 2),
             (report, "write", 1),
         ],
         ids=lambda value: getattr(value, "__name__", value),
@@ -837,14 +815,14 @@ class TestStopping:
         self, tmp_path, monkeypatch, python_sigint, number, status
     ):
         """Python drops an exception that leaves a callback, as JAX's of garbage collection."""
-        append = runs.append_metrics
+        append = metrics.append
 
         def signalled(*arguments):
             append(*arguments)
             with contextlib.suppress(BaseException):
                 signal.raise_signal(number)
 
-        monkeypatch.setattr(runs, "append_metrics", signalled)
+        monkeypatch.setattr(metrics, "append", signalled)
         assert call(*SMALL, *DIGITS, "--epochs", 2, "--out", tmp_path / "run").status == status
         assert not (tmp_path / "run" / "summary.json").exists()
 

@@ -13,24 +13,26 @@ from PIL import Image
 from rich.console import Console
 
 from bnjax import statistics
-from experiments import console, report, runs
+from experiments import console, metrics, report, runs
 from experiments.presets import Boostcourse, Deep10, Lab10
 from experiments.report import figures
 
 
 def line(epoch: int, arm: str, replicate: int = 0, **changes) -> dict:
-    values = dict.fromkeys(runs.METRICS, 0.5)
+    values = dict.fromkeys(metrics.METRICS, 0.5)
     place = {"epoch": epoch, "arm": arm, "replicate": replicate}
     return {**place, **values, "seconds": 0.25, **changes}
 
 
-def metrics(epochs: int, replicates: int, seed: int = 0) -> list[dict]:
+def make_lines(epochs: int, replicates: int, seed: int = 0) -> list[dict]:
     rng = np.random.default_rng(seed)
     return [
-        line(epoch, arm, replicate, **dict(zip(runs.METRICS, rng.random(5).tolist(), strict=True)))
+        line(
+            epoch, arm, replicate, **dict(zip(metrics.METRICS, rng.random(5).tolist(), strict=True))
+        )
         for epoch in range(1, epochs + 1)
         for replicate in range(replicates)
-        for arm in runs.ARMS
+        for arm in metrics.ARMS
     ]
 
 
@@ -125,42 +127,42 @@ class TestConfiguration:
 
 class TestMetrics:
     def test_are_read_as_appended(self, tmp_path):
-        assert runs.read_metrics(tmp_path) == []
-        lines = metrics(epochs=2, replicates=2)
-        runs.append_metrics(tmp_path, lines[:4])
-        runs.append_metrics(tmp_path, lines[4:])
-        assert runs.read_metrics(tmp_path) == lines
+        assert metrics.read(tmp_path) == []
+        lines = make_lines(epochs=2, replicates=2)
+        metrics.append(tmp_path, lines[:4])
+        metrics.append(tmp_path, lines[4:])
+        assert metrics.read(tmp_path) == lines
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     def test_what_is_not_finite_becomes_null(self, tmp_path, value):
-        runs.append_metrics(tmp_path, [line(1, "bn", train_cost=value)])
+        metrics.append(tmp_path, [line(1, "bn", train_cost=value)])
         assert '"train_cost": null' in (tmp_path / "metrics.jsonl").read_text()
-        assert runs.read_metrics(tmp_path) == [line(1, "bn", train_cost=None)]
+        assert metrics.read(tmp_path) == [line(1, "bn", train_cost=None)]
 
     @pytest.mark.parametrize("epochs", [0, 1, 2, 3])
     def test_truncation_keeps_the_first_epochs(self, tmp_path, epochs):
-        lines = metrics(epochs=2, replicates=2)
-        runs.append_metrics(tmp_path, lines)
-        runs.truncate_metrics(tmp_path, epochs)
-        assert runs.read_metrics(tmp_path) == lines[: 4 * epochs]
+        lines = make_lines(epochs=2, replicates=2)
+        metrics.append(tmp_path, lines)
+        metrics.truncate(tmp_path, epochs)
+        assert metrics.read(tmp_path) == lines[: 4 * epochs]
 
     @pytest.mark.parametrize("torn", ['{"epoch": 1, "ar', '{"epoch": 1}'])
     def test_truncation_drops_a_torn_line(self, tmp_path, torn):
-        lines = metrics(epochs=1, replicates=1)
-        runs.append_metrics(tmp_path, lines)
+        lines = make_lines(epochs=1, replicates=1)
+        metrics.append(tmp_path, lines)
         with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write(torn)
-        runs.truncate_metrics(tmp_path, 5)
-        assert runs.read_metrics(tmp_path) == lines
+        metrics.truncate(tmp_path, 5)
+        assert metrics.read(tmp_path) == lines
 
     def test_truncation_of_nothing(self, tmp_path):
-        runs.truncate_metrics(tmp_path, 1)
-        assert runs.read_metrics(tmp_path) == []
+        metrics.truncate(tmp_path, 1)
+        assert metrics.read(tmp_path) == []
 
     def test_as_arrays(self):
-        lines = metrics(epochs=3, replicates=2)
+        lines = make_lines(epochs=3, replicates=2)
         lines[-1]["test_loss"] = None
-        by_arm = runs.curves(reversed(lines))
+        by_arm = metrics.curves(reversed(lines))
         assert by_arm["bn"]["test_loss"].shape == (3, 2)
         assert by_arm["no_bn"]["train_cost"][1, 0] == lines[5]["train_cost"]
         assert np.isnan(by_arm["no_bn"]["test_loss"]).tolist() == [[False] * 2] * 2 + [
@@ -172,15 +174,15 @@ class TestSummary:
     @pytest.fixture
     def summary(self) -> dict:
         losses = {"bn": [1.0, 2.0, 4.0], "no_bn": [0.5, None, 1.5]}
-        first = [line(1, arm, r) for arm in runs.ARMS for r in range(3)]
-        last = [line(2, a, r, test_loss=x) for a in runs.ARMS for r, x in enumerate(losses[a])]
-        return runs.summarize([*first, *last])
+        first = [line(1, arm, r) for arm in metrics.ARMS for r in range(3)]
+        last = [line(2, a, r, test_loss=x) for a in metrics.ARMS for r, x in enumerate(losses[a])]
+        return metrics.summarize([*first, *last])
 
     def test_counts(self, summary):
         assert (summary["epochs"], summary["replicates"]) == (2, 3)
 
     def test_mean_and_sd_are_over_finite_replicates(self, summary):
-        found = {arm: summary["arms"][arm]["test_loss"] for arm in runs.ARMS}
+        found = {arm: summary["arms"][arm]["test_loss"] for arm in metrics.ARMS}
         for arm, values in {"bn": [1.0, 2.0, 4.0], "no_bn": [0.5, 1.5]}.items():
             assert found[arm] == statistics.summarize(values)._asdict()
 
@@ -188,20 +190,20 @@ class TestSummary:
         found = summary["paired_differences"]["test_loss"]
         assert found == statistics.paired_difference([0.5, 2.5], [0, 0])._asdict() | {"favour": 0}
 
-    @pytest.mark.parametrize("metric", runs.METRICS)
+    @pytest.mark.parametrize("metric", metrics.METRICS)
     def test_lower_losses_and_higher_accuracies_favour_normalization(self, metric):
         values = {"bn": 0.1, "no_bn": 0.0}
-        lines = [line(1, arm, r, **{metric: values[arm]}) for arm in runs.ARMS for r in range(2)]
-        difference = runs.summarize(lines)["paired_differences"][metric]
+        lines = [line(1, arm, r, **{metric: values[arm]}) for arm in metrics.ARMS for r in range(2)]
+        difference = metrics.summarize(lines)["paired_differences"][metric]
         assert difference["favour"] == (2 if metric.endswith("accuracy") else 0)
 
     def test_one_replicate_has_no_sd(self):
-        summary = runs.summarize(metrics(epochs=1, replicates=1))
+        summary = metrics.summarize(make_lines(epochs=1, replicates=1))
         assert summary["arms"]["bn"]["train_cost"]["sd"] is None
 
     def test_is_the_last_file_of_a_finished_run(self, tmp_path):
         assert not runs.is_finished(tmp_path, 2)
-        runs.write_json(tmp_path / "summary.json", runs.summarize(metrics(2, 1)))
+        runs.write_json(tmp_path / "summary.json", metrics.summarize(make_lines(2, 1)))
         assert runs.is_finished(tmp_path, 2)
         assert not runs.is_finished(tmp_path, 3)
 
@@ -251,19 +253,19 @@ class TestConsole:
         assert console.format_summary(metric, summary, difference) == text
 
     def test_closing_table(self):
-        summary = runs.summarize(metrics(epochs=3, replicates=2))
+        summary = metrics.summarize(make_lines(epochs=3, replicates=2))
         text = render(lambda to: to.print(console.closing_table(summary)))
         assert "After 3 epochs, 2 replicates" in text
-        for metric in runs.METRICS:
+        for metric in metrics.METRICS:
             row = next(row for row in text.splitlines() if metric.replace("_", " ") in row)
-            for arm in runs.ARMS:
+            for arm in metrics.ARMS:
                 assert console.format_summary(metric, summary["arms"][arm][metric]) in row
             last = [row for row in text.splitlines() if metric.replace("_", " ") in row][-1]
             difference = summary["paired_differences"][metric]
             assert all(told in last for told in console.format_certainty(metric, difference))
 
     def test_one_replicate_has_no_interval_and_says_so(self):
-        summary = runs.summarize(metrics(epochs=1, replicates=1))
+        summary = metrics.summarize(make_lines(epochs=1, replicates=1))
         text = render(lambda to: to.print(console.closing_table(summary)))
         assert "no interval can be given" in text
         assert "95 % interval" not in text
@@ -294,19 +296,21 @@ class TestConsole:
     @pytest.mark.parametrize("cost", [1e6, 1e12, 1e30, math.nan])
     def test_epoch_lines_keep_numbers_apart(self, cost):
         changes = {"train_cost": cost, "test_loss": cost}
-        text = show(Boostcourse(), [line(1, arm, **changes) for arm in runs.ARMS])
+        text = show(Boostcourse(), [line(1, arm, **changes) for arm in metrics.ARMS])
         shown = text.splitlines()[-1].replace(" %", "%").split()
         assert len(shown) == 8
         assert [float(shown[k]) for k in (1, 2, 4, 5)] == pytest.approx([cost] * 4, nan_ok=True)
 
     @pytest.mark.parametrize("bar", [True, False])
     def test_a_terminal_gets_a_bar(self, bar):
-        text = show(Boostcourse(epochs=4), [line(1, arm) for arm in runs.ARMS], bar, terminal=True)
+        text = show(
+            Boostcourse(epochs=4), [line(1, arm) for arm in metrics.ARMS], bar, terminal=True
+        )
         assert ("time left" in text) == bar
         assert ("bn 50.00 %, no_bn 50.00 %" in text) == bar
 
     def test_a_pipe_gets_none(self):
-        text = show(Boostcourse(epochs=4), [line(1, arm) for arm in runs.ARMS], bar=True)
+        text = show(Boostcourse(epochs=4), [line(1, arm) for arm in metrics.ARMS], bar=True)
         assert "time left" not in text
         assert "\x1b" not in text
 
@@ -332,14 +336,14 @@ def show(experiment, lines, bar: bool = False, terminal: bool = False) -> str:
 class TestFigures:
     @pytest.mark.parametrize(("epochs", "replicates"), [(1, 1), (4, 1), (4, 3), (20, 2)])
     def test_curves_are_pictures(self, epochs, replicates):
-        figure = figures.curves(runs.curves(metrics(epochs, replicates)))
+        figure = figures.curves(metrics.curves(make_lines(epochs, replicates)))
         with Image.open(io.BytesIO(figures.to_png(figure))) as png:
             assert (png.format, png.size) == ("PNG", (1800, 600))
         svg = ElementTree.fromstring(figures.to_svg(figure))
         assert svg.tag == "{http://www.w3.org/2000/svg}svg"
 
     def test_curves_label_everything(self):
-        figure = figures.curves(runs.curves(metrics(epochs=3, replicates=1)))
+        figure = figures.curves(metrics.curves(make_lines(epochs=3, replicates=1)))
         for axes, title in zip(figure.axes, ("cost", "loss", "accuracy"), strict=True):
             assert title in axes.get_title(loc="left")
             assert axes.get_xlabel() == "epoch"
@@ -349,7 +353,7 @@ class TestFigures:
             )
 
     def test_curves_differ_without_colour(self):
-        figure = figures.curves(runs.curves(metrics(epochs=3, replicates=1)))
+        figure = figures.curves(metrics.curves(make_lines(epochs=3, replicates=1)))
         for axes in figure.axes:
             first, second = axes.get_lines()
             assert first.get_linestyle() != second.get_linestyle()
@@ -357,29 +361,31 @@ class TestFigures:
 
     @pytest.mark.parametrize("replicates", [1, 3])
     def test_curves_draw_the_metrics(self, replicates):
-        by_arm = runs.curves(metrics(epochs=4, replicates=replicates))
+        by_arm = metrics.curves(make_lines(epochs=4, replicates=replicates))
         axes = figures.curves(by_arm).axes
         for panel, metric, scale in ((0, "train_cost", 1), (2, "test_accuracy", 100)):
-            for arm, drawn in zip(runs.ARMS, axes[panel].get_lines(), strict=True):
+            for arm, drawn in zip(metrics.ARMS, axes[panel].get_lines(), strict=True):
                 np.testing.assert_array_equal(drawn.get_xdata(), [1, 2, 3, 4])
                 np.testing.assert_allclose(
                     drawn.get_ydata(), scale * by_arm[arm][metric].mean(axis=1)
                 )
             assert len(axes[panel].collections) == (2 if replicates > 1 else 0)
 
-    @pytest.mark.parametrize("diverged", [runs.ARMS[:1], runs.ARMS])
+    @pytest.mark.parametrize("diverged", [metrics.ARMS[:1], metrics.ARMS])
     def test_curves_bear_what_is_not_finite(self, diverged):
-        lines = metrics(epochs=3, replicates=2)
+        lines = make_lines(epochs=3, replicates=2)
         for one in lines:
             if one["arm"] in diverged:
                 one.update(train_cost=None, train_loss=None, test_loss=None)
-        figure = figures.curves(runs.curves(lines))
+        figure = figures.curves(metrics.curves(lines))
         assert figures.to_png(figure)
         assert figures.to_svg(figure)
 
     def test_same_numbers_same_svg(self):
-        once, again = (figures.to_svg(figures.curves(runs.curves(metrics(4, 3)))) for _ in range(2))
-        other = figures.to_svg(figures.curves(runs.curves(metrics(4, 3, seed=1))))
+        once, again = (
+            figures.to_svg(figures.curves(metrics.curves(make_lines(4, 3)))) for _ in range(2)
+        )
+        other = figures.to_svg(figures.curves(metrics.curves(make_lines(4, 3, seed=1))))
         assert once == again != other
 
     @pytest.mark.parametrize(
@@ -389,14 +395,14 @@ class TestFigures:
         rng = np.random.default_rng(0)
         probes = {
             f"{arm}/features_{number}": rng.uniform(1, 2, (2, 1, size)).astype(np.float32)
-            for arm in runs.ARMS
+            for arm in metrics.ARMS
             for number, size in enumerate(sizes, start=1)
         }
         image = rng.integers(0, 256, (28, 28), np.uint8)
         figure = figures.features(image, 6, probes)
         columns = len(sizes) + 1
         assert len(figure.axes) == 2 * columns
-        for row, arm in enumerate(runs.ARMS):
+        for row, arm in enumerate(metrics.ARMS):
             first, *layers = figure.axes[row * columns : (row + 1) * columns]
             np.testing.assert_array_equal(first.images[0].get_array(), image)
             assert first.get_ylabel() == figures.LABELS[arm]
@@ -417,9 +423,9 @@ class TestReport:
 
         def write(experiment, replicates: int = 1, requested: str = "digits") -> str:
             runs.create(tmp_path / "run", config(experiment, requested))
-            lines = metrics(experiment.epochs, replicates)
-            runs.append_metrics(tmp_path / "run", lines)
-            report.write(tmp_path / "run", runs.summarize(lines))
+            lines = make_lines(experiment.epochs, replicates)
+            metrics.append(tmp_path / "run", lines)
+            report.write(tmp_path / "run", metrics.summarize(lines))
             return " ".join((tmp_path / "run" / "report.html").read_text().split())
 
         return write
@@ -430,13 +436,13 @@ class TestReport:
         assert page.count("<img") == 1
 
     def test_with_features(self, write, tmp_path):
-        probes = {f"{arm}/features_1": np.ones((1, 1, 7), np.float32) for arm in runs.ARMS}
+        probes = {f"{arm}/features_1": np.ones((1, 1, 7), np.float32) for arm in metrics.ARMS}
         example = {"image": np.zeros((28, 28), np.uint8), "label": np.int32(6)}
         runs.create(tmp_path / "run", config(Deep10(epochs=1, hidden_sizes=(7,))))
         runs.write_arrays(tmp_path / "run" / "probes" / "epoch-001.npz", probes)
         runs.write_arrays(tmp_path / "run" / "probes" / "example.npz", example)
-        runs.append_metrics(tmp_path / "run", metrics(1, 1))
-        report.write(tmp_path / "run", runs.summarize(metrics(1, 1)))
+        metrics.append(tmp_path / "run", make_lines(1, 1))
+        report.write(tmp_path / "run", metrics.summarize(make_lines(1, 1)))
         assert (tmp_path / "run" / "features.png").read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / "run" / "report.html").read_text().count("<img") == 2
 
@@ -461,7 +467,7 @@ class TestReport:
 
 
 def test_a_diverged_replicate_counts_in_no_metric():
-    lines = [line(1, arm, replicate=k) for arm in runs.ARMS for k in range(3)]
+    lines = [line(1, arm, replicate=k) for arm in metrics.ARMS for k in range(3)]
     lines[1] |= {"train_cost": None, "test_loss": None, "test_accuracy": 0.1}
-    summary = runs.summarize(lines)["arms"]["bn"]
-    assert {metric: summary[metric]["n"] for metric in summary} == dict.fromkeys(runs.METRICS, 2)
+    summary = metrics.summarize(lines)["arms"]["bn"]
+    assert {metric: summary[metric]["n"] for metric in summary} == dict.fromkeys(metrics.METRICS, 2)

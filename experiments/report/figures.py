@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
 from bnjax.statistics import summarize
-from experiments.runs import ARMS
+from experiments.metrics import ARMS
 
 LABELS = {"bn": "with BN", "no_bn": "without BN"}
 STYLES: dict[str, dict[str, Any]] = {

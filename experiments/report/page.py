@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 
-from experiments import divergences, options, runs
+from experiments import divergences, metrics, options, runs
 from experiments.console import ONE_REPLICATE, TITLES, format_certainty, format_summary
 from experiments.presets import Experiment
 from experiments.report import figures
@@ -18,12 +18,12 @@ def write(path: Path, summary: Mapping[str, Any]) -> None:
 
     Args:
         path: a run directory with `config.json`, `metrics.jsonl` and `probes`.
-        summary: from `runs.summarize`.
+        summary: from `metrics.summarize`.
     """
     config = runs.read_config(path)
     experiment = Experiment.load(config["experiment"])
     data_dir = config["execution"].get("data_dir")
-    curves = figures.curves(runs.curves(runs.read_metrics(path)))
+    curves = figures.curves(metrics.curves(metrics.read(path)))
     curves_png = figures.to_png(curves)
     runs.write_bytes(path / "curves.png", curves_png)
     runs.write_bytes(path / "curves.svg", figures.to_svg(curves))
@@ -31,7 +31,7 @@ def write(path: Path, summary: Mapping[str, Any]) -> None:
 
     html = render(
         "page.html.j2",
-        arms=runs.ARMS,
+        arms=metrics.ARMS,
         command=options.command(experiment) + " --data-dir DIR" * bool(data_dir),
         config=config,
         curves=data_uri(curves_png),
