@@ -767,8 +767,8 @@ class TestStopping:
     def test_signal(self, process, finished, tmp_path, number, status):
         epochs = 30
         running = process(*SMALL, *DIGITS, "--epochs", epochs, "--out", "run")
-        metrics = tmp_path / "run" / "metrics.jsonl"
-        while running.poll() is None and not (metrics.exists() and metrics.read_bytes()):
+        file = tmp_path / "run" / "metrics.jsonl"
+        while running.poll() is None and not (file.exists() and file.read_bytes()):
             time.sleep(0.01)
         running.send_signal(number)
         _, stderr = running.communicate(timeout=60)
