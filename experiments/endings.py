@@ -51,7 +51,8 @@ def run(
         place = f"{error.filename}: " if error.filename else ""
         return _tell(f"error: {place}{error.strerror or error}", 2, how_to_go_on())
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if not re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory|Unable to allocate", str(error)):
+        told = re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory|Unable to allocate", str(error))
+        if not (told or isinstance(error, MemoryError)):
             raise
         hint = "choose smaller networks, a smaller batch or fewer replicates"
         return _tell(f"error: out of memory: {hint}", 2)
