@@ -147,13 +147,14 @@ def forward(state: TrainState, images: AnyArray, *, train: bool) -> tuple[Array,
         images: `[B, ...]`.
         train: whether to normalize by the batch and to drop.
     """
+    images = to_float(images)
+    if not train:
+        return state.apply_fn(state.variables, images, train=False), {}
     rngs = {}
     if state.dropout_key is not None:
         key = jax.random.wrap_key_data(state.dropout_key, impl="threefry2x32")
         rngs["dropout"] = jax.random.fold_in(key, state.step)
-    return state.apply_fn(
-        state.variables, to_float(images), train=train, mutable=["batch_stats"], rngs=rngs
-    )
+    return state.apply_fn(state.variables, images, train=True, mutable=["batch_stats"], rngs=rngs)
 
 
 @jax.jit

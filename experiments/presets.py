@@ -156,7 +156,7 @@ def check_saved(kind: type, values: Mapping[str, Any]) -> None:
 
 def _is_like(default: Any, value: Any) -> bool:
     if isinstance(default, tuple):
-        return isinstance(value, list) and all(type(item) is int for item in value)
+        return isinstance(value, list | tuple) and all(type(item) is int for item in value)
     return type(value) in ((str, type(None)) if default is None else (type(default),))
 
 
