@@ -146,10 +146,13 @@ def locked(path: Path) -> Iterator[None]:
     """
     directory = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"{path} is in use by another process: wait for its end"
+            ) from error
         yield
-    except BlockingIOError as error:
-        raise CheckpointError(f"{path} is in use by another process: wait for its end") from error
     finally:
         os.close(directory)
 
