@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from bnjax import distributed, hosts
 from bnjax.errors import CheckpointError, CheckpointWarning, DamagedCheckpointError
 
 KEEP = 2
@@ -30,7 +31,8 @@ HEADER = 8
 class Checkpoints:
     """The checkpoints of a run, one per epoch, of which the last few are kept.
 
-    Saving goes on in the background; leaving the `with` block waits for it.
+    Saving goes on in the background, and leaving the `with` block waits for it; among processes
+    each writes its part, and saving ends before the next epoch begins.
     """
 
     def __init__(self, directory: Path, settings: str = "") -> None:
@@ -52,7 +54,7 @@ class Checkpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if "_manager" in vars(self):
+        if "_manager" in vars(self) and (kind is None or hosts.count() == 1):
             with self._writing():
                 self._manager.close()
 
@@ -66,7 +68,9 @@ class Checkpoints:
 
         packed = self._pack(epochs, states)
         with self._writing():
-            self._directory.mkdir(exist_ok=True)  # orbax would make a lost run directory again
+            if hosts.is_first():
+                self._directory.mkdir(exist_ok=True)  # orbax would make a lost run directory again
+            hosts.wait("a directory for checkpoints")
             self._manager.save(epochs, args=ocp.args.StandardSave({"state": packed}))
 
     def restore(self, states: Any, *, at_most: float = math.inf) -> tuple[int, Any]:
@@ -118,7 +122,7 @@ class Checkpoints:
             content = packed[place : place + leaf.nbytes].tobytes()
             place += leaf.nbytes
             values = np.frombuffer(content, leaf.dtype).reshape(leaf.shape)
-            return jax.device_put(values, leaf.sharding)
+            return distributed.place(values, leaf.sharding)
 
         return jax.tree.map(take, states)
 
@@ -127,39 +131,49 @@ class Checkpoints:
 
         path = self._directory / str(epochs)
         try:
-            saved = self._manager.restore(epochs, args=ocp.args.StandardRestore())
+            kind = self._manager.item_metadata(epochs).tree
+            whole = ocp.args.StandardRestore({"state": np.zeros(0, np.uint8)})
+            saved = self._manager.restore(epochs, args=whole) if _is_vector(kind) else None
         except MemoryError:
             raise
         except Exception as error:  # orbax and its file formats raise whatever they like
+            if hosts.is_lost(error):
+                raise
             code = _system_code(error)
             if code not in (None, errno.ENOENT):
                 raise OSError(code, os.strerror(code), str(path)) from error
             raise DamagedCheckpointError(f"it is damaged ({_shorten(error)})") from error
-        packed: Any = saved.get("state") if isinstance(saved, dict) and len(saved) == 1 else None
-        if not hasattr(packed, "dtype") or packed.dtype != np.uint8 or packed.ndim != 1:
+        if saved is None:
             raise CheckpointError(f"{path}: written by another version of bnjax; go on with it")
-        packed = np.asarray(packed)
+        packed = saved["state"]
         if len(packed) < HEADER or packed[:4].view(np.uint32) != _checksum(epochs, packed):
             raise DamagedCheckpointError("it is damaged (its checksum is wrong)")
         return packed
 
     def _set_aside(self, epochs: int, problem: str) -> None:
         path = self._directory / str(epochs)
-        aside = path.rename(tempfile.mkdtemp(prefix=f"damaged-{epochs}-", dir=self._directory))
+        aside = None
+        hosts.wait(f"{path} was read")
+        if hosts.is_first():
+            aside = tempfile.mkdtemp(prefix=f"damaged-{epochs}-", dir=self._directory)
+            path.rename(aside)
+        aside = hosts.tell_all(aside)[0]
         self._manager.reload()
         warnings.warn(
-            f"{path}: {problem}; an earlier state takes its place, it is now {aside.name}",
+            f"{path}: {problem}; an earlier state takes its place, it is now {Path(aside).name}",
             CheckpointWarning,
             stacklevel=3,
         )
 
-    def _pack(self, epochs: int, states: Any) -> np.ndarray:
-        leaves = [np.asarray(leaf).reshape(-1).view(np.uint8) for leaf in jax.tree.leaves(states)]
-        packed = np.concatenate([np.zeros(HEADER, np.uint8), *leaves])
+    def _pack(self, epochs: int, states: Any) -> np.ndarray | jax.Array:
+        leaves = [leaf.reshape(-1).view(np.uint8) for leaf in jax.tree.leaves(hosts.gather(states))]
+        size = HEADER + sum(map(len, leaves))
+        spare = -size % hosts.count()
+        packed = np.concatenate([np.zeros(HEADER, np.uint8), *leaves, np.zeros(spare, np.uint8)])
         header = packed[:HEADER].view(np.uint32)
         header[1] = self._fingerprint(states)
         header[0] = _checksum(epochs, packed)
-        return packed
+        return hosts.share(packed)
 
     def _fingerprint(self, states: Any) -> int:
         """A checksum of the settings and of the names, shapes and dtypes of all leaves."""
@@ -172,6 +186,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # as above
+            if hosts.is_lost(error):
+                raise
             code = _system_code(error)
             reason = os.strerror(code) if code else _shorten(error)
             raise OSError(code or errno.EIO, reason, str(self._directory)) from error
@@ -182,8 +198,22 @@ class Checkpoints:
 
         # Made in the background, a directory that cannot be made would keep the program waiting.
         at_once = ocp.AsyncOptions(create_directories_asynchronously=False)
-        options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, async_options=at_once)
-        return ocp.CheckpointManager(self._directory, options=options)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=KEEP,
+            async_options=at_once,
+            # Among processes, one may fail while others wait: nothing is left in the background.
+            enable_async_checkpointing=hosts.count() == 1,
+        )
+        handler = ocp.StandardCheckpointHandler()
+        return ocp.CheckpointManager(self._directory, options=options, item_handlers=handler)
+
+
+def _is_vector(kind: Any) -> bool:
+    """Whether orbax says that there is one vector of bytes."""
+    if not isinstance(kind, dict) or list(kind) != ["state"]:
+        return False
+    one = kind["state"]
+    return getattr(one, "dtype", None) == np.uint8 and len(one.shape) == 1
 
 
 def _checksum(epochs: int, packed: np.ndarray) -> int:

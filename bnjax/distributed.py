@@ -1,4 +1,4 @@
-"""Placing replicates on devices."""
+"""Placing replicates and the examples of a batch on devices."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from bnjax.names import choose
 
 AXES = ("replicate", "data")
+
+AnyArray = Array | np.ndarray
 
 T = TypeVar("T")
 
@@ -35,34 +37,71 @@ def parse_mesh(text: str) -> dict[str, int]:
                 "replicate=2,data=1"
             )
         sizes[choose("mesh axis", axis, AXES)] = int(size)
-    sizes = {axis: sizes.get(axis, 1) for axis in AXES}
-    if sizes["data"] != 1:
-        raise ValueError(f"mesh {text!r}: splitting a batch over devices is not built yet, data=1")
-    return sizes
+    return {axis: sizes.get(axis, 1) for axis in AXES}
 
 
-def make_mesh(replicate: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    replicate: int = 1, data: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """Devices as a mesh with the axes `replicate` and `data`.
 
     Args:
-        replicate: over how many devices to spread the replicates.
+        replicate: over how many groups of devices to spread the replicates.
+        data: over how many devices to spread the examples of each batch.
         devices: which to choose from, the first first; by default all.
 
     Raises:
         ValueError: if there are fewer devices than that.
     """
     devices = jax.devices() if devices is None else devices
-    if replicate > len(devices):
+    count = replicate * data
+    if count > len(devices):
         raise ValueError(
-            f"mesh replicate={replicate},data=1 needs {replicate} devices, found {len(devices)} "
+            f"mesh replicate={replicate},data={data} needs {count} devices, found {len(devices)} "
             f"of kind {devices[0].device_kind}"
         )
-    return Mesh(np.array(devices[:replicate]).reshape(replicate, 1), AXES)
+    return Mesh(np.array(devices[:count]).reshape(replicate, data), AXES)
+
+
+def fill_mesh(replicates: int, devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh of these devices: as many on `replicate` as replicates reach, the rest on `data`.
+
+    Example:
+        >>> dict(fill_mesh(1, jax.devices()[:1]).shape)
+        {'replicate': 1, 'data': 1}
+    """
+    replicate = min(replicates, len(devices))
+    return make_mesh(replicate, len(devices) // replicate, devices)
+
+
+def place(values: AnyArray, sharding: Sharding) -> Array:
+    """Puts an array that every process holds whole onto the devices of all of them."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(values, sharding)
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
 def replicate_data(batch: T, mesh: Mesh) -> T:
     """A copy of all arrays on every device of the mesh."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec()))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda values: place(values, everywhere), batch)
+
+
+def constrain(tree: T, mesh: Mesh, *axes: str) -> T:
+    """Says, inside a compiled function, over which axes of the mesh arrays are spread.
+
+    With the examples of a batch spread over `data`, every sum over them, those of batch
+    normalization among them, is one over all devices of the axis: the compiler adds what has to be
+    communicated. The axis need not divide the batch.
+
+    Args:
+        tree: arrays.
+        mesh: where they are.
+        axes: one for each leading axis of the arrays; none for a copy on every device.
+    """
+    if mesh.shape["data"] == 1:
+        return tree
+    return lax.with_sharding_constraint(tree, PartitionSpec(*axes))
 
 
 def map_replicates(
@@ -94,6 +133,7 @@ def map_replicates(
         mesh=mesh,
         in_specs=(PartitionSpec("replicate"), PartitionSpec()),
         out_specs=PartitionSpec("replicate"),
+        axis_names={"replicate"},
         check_vma=False,
     )
     if not spare:

@@ -30,9 +30,9 @@ def first_step(losses: AnyArray) -> int | None:
     return int(lost.argmax()) + 1 if lost.any() else None
 
 
-@partial(jax.jit, static_argnames=("step", "batch_size"))
+@partial(jax.jit, static_argnames=("step", "batch_size", "shares"))
 def replay(
-    state: TrainState, examples: Batch, key: Array, *, step: int, batch_size: int
+    state: TrainState, examples: Batch, key: Array, *, step: int, batch_size: int, shares: int = 1
 ) -> tuple[TrainState, Batch]:
     """Goes through an epoch again up to a step: the state before it, and its batch.
 
@@ -44,15 +44,29 @@ def replay(
         key: decided the order of the epoch.
         step: counts from 1.
         batch_size: examples per step.
+        shares: parts of each batch that were normalized on their own.
     """
     order = training.draw_order(key, len(examples.labels))
 
     def advance(done: Array, state: TrainState) -> TrainState:
         index = lax.dynamic_slice(order, (done * batch_size,), (batch_size,))
-        return training.train_step(state, training.take(examples, index))[0]
+        return _train_step(state, training.take(examples, index), shares)
 
     state = lax.fori_loop(0, step - 1, advance, state)
     return state, training.take(examples, order[(step - 1) * batch_size : step * batch_size])
+
+
+def _train_step(state: TrainState, batch: Batch, shares: int) -> TrainState:
+    if shares == 1:
+        return training.train_step(state, batch)[0]
+    parts = jax.tree.map(lambda a: a.reshape(shares, -1, *a.shape[1:]), batch)
+    step = jax.vmap(
+        partial(training.train_step, axis_name="data"),
+        in_axes=(None, 0),
+        out_axes=None,
+        axis_name="data",
+    )
+    return step(state, parts)[0]
 
 
 def first_layer(state: TrainState, batch: Batch, *, train: bool) -> str | None:

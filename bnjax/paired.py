@@ -8,7 +8,7 @@ meet the same batches also where different programs train them on different devi
 
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jax.stages import Compiled
 
 from bnjax import training
-from bnjax.distributed import map_replicates, replicate_data
+from bnjax.distributed import constrain, map_replicates, replicate_data
 from bnjax.training import AnyArray, Batch, Metrics, TrainState
 
 States = dict[str, TrainState]
@@ -104,6 +104,8 @@ def create_states(
     def create(lane: Lane) -> States:
         return _create(lane.arms, lane.mesh, shared_init, keys, images)
 
+    if _take_turns(lanes):
+        return _merge(map(create, lanes))
     with ThreadPoolExecutor() as pool:
         return _merge(pool.map(create, lanes))
 
@@ -124,16 +126,25 @@ def _create(
     return map_replicates(create, mesh, (keys,), (images,))
 
 
-def train_step(states: States, batch: Batch) -> tuple[States, dict[str, Metrics]]:
+def train_step(
+    states: States, batch: Batch, *, axis_name: str | None = None
+) -> tuple[States, dict[str, Metrics]]:
     """One step of every arm of one replicate on the same batch."""
-    results = {name: training.train_step(state, batch) for name, state in states.items()}
+    results = {
+        name: training.train_step(state, batch, axis_name=axis_name)
+        for name, state in states.items()
+    }
     return (
         {name: state for name, (state, _) in results.items()},
         {name: metrics._replace(correct=None) for name, (_, metrics) in results.items()},
     )
 
 
-@partial(jax.jit, static_argnames=("batch_size", "drop_last", "mesh"), donate_argnames="states")
+@partial(
+    jax.jit,
+    static_argnames=("batch_size", "drop_last", "mesh", "statistics"),
+    donate_argnames="states",
+)
 def train_epoch(
     states: States,
     keys: Array,
@@ -143,6 +154,7 @@ def train_epoch(
     batch_size: int,
     drop_last: bool,
     mesh: Mesh,
+    statistics: str = "global",
 ) -> tuple[States, dict[str, Metrics]]:
     """One epoch of arms and replicates; each replicate has its own order of the examples.
 
@@ -154,6 +166,8 @@ def train_epoch(
         batch_size: examples per step.
         drop_last: leave out what does not fill a batch.
         mesh: where to compute.
+        statistics: "global", of the whole batch wherever its examples are, or "local", of the
+            examples of each device of the axis `data` on their own.
 
     Returns:
         The states after the epoch, and per arm the metrics of each step, `[R, steps]`.
@@ -166,10 +180,25 @@ def train_epoch(
             derive(key, "order", epoch),
             batch_size=batch_size,
             drop_last=drop_last,
-            step=train_step,
+            step=_local_step(mesh) if statistics == "local" else train_step,
+            take=partial(_take, mesh),
         )
 
     return map_replicates(train, mesh, (states, keys), (epoch, examples))
+
+
+def _local_step(mesh: Mesh) -> Callable[[States, Batch], tuple[States, dict[str, Metrics]]]:
+    return jax.shard_map(
+        partial(train_step, axis_name="data"),
+        in_specs=(PartitionSpec(), PartitionSpec("data")),
+        out_specs=PartitionSpec(),
+        axis_names={"data"},
+        check_vma=False,
+    )
+
+
+def _take(mesh: Mesh, examples: Batch, index: Array) -> Batch:
+    return constrain(training.take(examples, constrain(index, mesh)), mesh, "data")
 
 
 @partial(jax.jit, static_argnames="mesh")
@@ -177,7 +206,12 @@ def evaluate(states: States, examples: Batch, *, mesh: Mesh) -> dict[str, Metric
     """Evaluation-mode metrics `[R]` of every arm over all examples."""
 
     def evaluate_arms(states: States, examples: Batch) -> dict[str, Metrics]:
-        return {name: training.evaluate(state, examples) for name, state in states.items()}
+        def step(state: TrainState, batch: Batch) -> Metrics:
+            return training.eval_step(state, constrain(batch, mesh, "data"))
+
+        return {
+            name: training.evaluate(state, examples, step=step) for name, state in states.items()
+        }
 
     return map_replicates(evaluate_arms, mesh, (states,), (examples,))
 
@@ -192,6 +226,7 @@ def run(
     epochs: range,
     batch_size: int,
     drop_last: bool = True,
+    statistics: str = "global",
 ) -> Iterator[Epoch]:
     """Trains all arms and replicates epoch by epoch and evaluates each; lanes run side by side.
 
@@ -204,6 +239,7 @@ def run(
         epochs: which to run; they count from 1.
         batch_size: examples per step.
         drop_last: leave out what does not fill a batch.
+        statistics: as `train_epoch` has it.
 
     Yields:
         One `Epoch` after the other.
@@ -215,7 +251,14 @@ def run(
         mine = _pick(states, lane)
         data, checked = (replicate_data(batch, lane.mesh) for batch in (train, test))
         step = train_epoch.lower(
-            mine, keys, 1, data, batch_size=batch_size, drop_last=drop_last, mesh=lane.mesh
+            mine,
+            keys,
+            1,
+            data,
+            batch_size=batch_size,
+            drop_last=drop_last,
+            mesh=lane.mesh,
+            statistics=statistics,
         )
         on_train, on_test = (evaluate.lower(mine, b, mesh=lane.mesh) for b in (data, checked))
         return _Programs(lane, data, checked, step.compile(), on_train.compile(), on_test.compile())
@@ -225,7 +268,11 @@ def run(
 
     for number in epochs:
         start = time.perf_counter()
-        results = [p.train_epoch(_pick(states, p.lane), keys, number, p.train) for p in programs]
+        results = []
+        for p in programs:
+            results.append(p.train_epoch(_pick(states, p.lane), keys, number, p.train))
+            if _take_turns(lanes):
+                jax.block_until_ready(results)
         jax.block_until_ready(results)
         seconds = time.perf_counter() - start
         states = _merge(new for new, _ in results)
@@ -233,6 +280,12 @@ def run(
         on_test = [p.evaluate_test(_pick(states, p.lane), p.test) for p in programs]
         steps = _merge(metrics for _, metrics in results)
         yield Epoch(number, states, steps, _merge(on_train), _merge(on_test), seconds)
+
+
+def _take_turns(lanes: Sequence[Lane]) -> bool:
+    """Whether programs that communicate would meet on the same devices, and wait for each other."""
+    meshes = {lane.mesh for lane in lanes}
+    return len(lanes) > len(meshes) and any(mesh.size > 1 for mesh in meshes)
 
 
 class _Programs(NamedTuple):

@@ -23,6 +23,8 @@ from bnjax.moments import statistics_dtype
 AnyArray = Array | np.ndarray
 State = TypeVar("State")
 
+KEY_KIND = "threefry2x32"
+
 
 class Batch(NamedTuple):
     """Examples side by side.
@@ -108,13 +110,18 @@ def to_float(images: AnyArray) -> AnyArray:
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
-@jax.jit
-def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+@partial(jax.jit, static_argnames="axis_name")
+def train_step(
+    state: TrainState, batch: Batch, *, axis_name: str | None = None
+) -> tuple[TrainState, Metrics]:
     """One optimizer step on the mean cross entropy of the batch, in training mode.
 
     Args:
         state: the state before the step.
         batch: `[B, ...]` images and `[B]` labels.
+        axis_name: a mapped axis over whose devices batches of the same size are spread, as PyTorch
+            distributes training: gradients are averaged, each device normalizes by its own
+            examples and drops on its own, and the running statistics are those of the first.
 
     Returns:
         The state after the step, with updated running statistics, and the metrics of the forward
@@ -129,13 +136,20 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         (1, 4)
     """
 
+    own = state if axis_name is None else _fold_dropout(state, lax.axis_index(axis_name))
+
     def loss_fn(params: Any) -> tuple[Array, tuple[Metrics, Any]]:
-        logits, updates = forward(state.replace(params=params), batch.images, train=True)
+        logits, updates = forward(own.replace(params=params), batch.images, train=True)
         metrics = _metrics(logits, batch.labels)
         return metrics.loss / metrics.examples, (metrics, updates)
 
     gradients, (metrics, updates) = jax.grad(loss_fn, has_aux=True)(state.params)
     batch_stats = updates.get("batch_stats", state.batch_stats)
+    if axis_name is not None:
+        gradients = lax.pmean(gradients, axis_name)
+        first = lax.axis_index(axis_name) == 0
+        firsts = jax.tree.map(lambda a: jnp.where(first, a, jnp.zeros_like(a)), batch_stats)
+        metrics, batch_stats = lax.psum((metrics, firsts), axis_name)
     return state.apply_gradients(grads=gradients, batch_stats=batch_stats), metrics
 
 
@@ -152,9 +166,16 @@ def forward(state: TrainState, images: AnyArray, *, train: bool) -> tuple[Array,
         return state.apply_fn(state.variables, images, train=False), {}
     rngs = {}
     if state.dropout_key is not None:
-        key = jax.random.wrap_key_data(state.dropout_key, impl="threefry2x32")
+        key = jax.random.wrap_key_data(state.dropout_key, impl=KEY_KIND)
         rngs["dropout"] = jax.random.fold_in(key, state.step)
     return state.apply_fn(state.variables, images, train=True, mutable=["batch_stats"], rngs=rngs)
+
+
+def _fold_dropout(state: TrainState, number: Array) -> TrainState:
+    if state.dropout_key is None:
+        return state
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.dropout_key, impl=KEY_KIND), number)
+    return state.replace(dropout_key=jax.random.key_data(key))
 
 
 @jax.jit
@@ -164,7 +185,18 @@ def eval_step(state: TrainState, batch: Batch) -> Metrics:
     return _metrics(logits, batch.labels)
 
 
-@partial(jax.jit, static_argnames=("batch_size", "drop_last", "step"))
+def draw_order(key: Array, count: int) -> Array:
+    """A random order of so many examples, `[count]`, as `train_epoch` takes them."""
+    # One sort of random numbers; `jax.random.permutation` sorts twice, for the rare ties.
+    return jnp.argsort(jax.random.bits(key, (count,), jnp.uint32))
+
+
+def take(examples: Batch, index: Array) -> Batch:
+    """The examples at these places."""
+    return Batch(*(a[index] for a in examples))
+
+
+@partial(jax.jit, static_argnames=("batch_size", "drop_last", "step", "take"))
 def train_epoch(
     state: State,
     examples: Batch,
@@ -173,6 +205,7 @@ def train_epoch(
     batch_size: int,
     drop_last: bool = True,
     step: Callable[[State, Batch], tuple[State, Any]] = train_step,
+    take: Callable[[Batch, Array], Batch] = take,
 ) -> tuple[State, Any]:
     """Every example once, in an order drawn from `key`, as one compiled scan.
 
@@ -183,6 +216,7 @@ def train_epoch(
         batch_size: examples per step, at most the number of examples.
         drop_last: leave out what does not fill a batch; otherwise it is one more, smaller step.
         step: `(state, batch) -> (state, metrics)`.
+        take: `(examples, index) -> batch`.
 
     Returns:
         The state after the epoch and the metrics of the steps, stacked along the first axis.
@@ -206,14 +240,21 @@ def train_epoch(
     return state, metrics
 
 
-@partial(jax.jit, static_argnames="batch_size")
-def evaluate(state: TrainState, examples: Batch, *, batch_size: int = 1000) -> Metrics:
+@partial(jax.jit, static_argnames=("batch_size", "step"))
+def evaluate(
+    state: TrainState,
+    examples: Batch,
+    *,
+    batch_size: int = 1000,
+    step: Callable[[TrainState, Batch], Metrics] = eval_step,
+) -> Metrics:
     """Metrics of every example once, in evaluation mode; the last short batch counts as well.
 
     Args:
         state: what to evaluate.
         examples: the whole set, resident on the device.
         batch_size: examples per step. The result does not depend on it but for rounding.
+        step: `(state, batch) -> metrics`.
 
     Example:
         >>> from bnjax.models import MLP
@@ -226,23 +267,12 @@ def evaluate(state: TrainState, examples: Batch, *, batch_size: int = 1000) -> M
     whole = jax.tree.map(
         lambda a: a[: steps * batch_size].reshape(steps, batch_size, *a.shape[1:]), examples
     )
-    metrics = lax.map(lambda batch: eval_step(state, batch), whole)
+    metrics = lax.map(lambda batch: step(state, batch), whole)
     total = jax.tree.map(lambda a: a.sum(0, dtype=a.dtype), metrics)
     if rest:
-        last = eval_step(state, jax.tree.map(lambda a: a[-rest:], examples))
+        last = step(state, jax.tree.map(lambda a: a[-rest:], examples))
         total = jax.tree.map(jnp.add, total, last)
     return total
-
-
-def draw_order(key: Array, count: int) -> Array:
-    """A random order of so many examples, `[count]`, as `train_epoch` takes them."""
-    # One sort of random numbers; `jax.random.permutation` sorts twice, for the rare ties.
-    return jnp.argsort(jax.random.bits(key, (count,), jnp.uint32))
-
-
-def take(examples: Batch, index: Array) -> Batch:
-    """The examples at these places."""
-    return Batch(*(a[index] for a in examples))
 
 
 def _metrics(logits: Array, labels: AnyArray) -> Metrics:

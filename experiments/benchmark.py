@@ -1,6 +1,7 @@
 """Speed beside that of peers, measured in one sitting.
 
     python -m experiments.benchmark --data-dir DIR --json benchmark.json
+    python -m experiments.benchmark --scaling
 
 Four parts: the operation (batch normalization, forward and backward), the paired epoch of the
 preset boostcourse, how its cost grows, and the whole command from its start. Peers take part where
@@ -75,6 +76,9 @@ class Settings:
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where the dataset's IDX files are."""
 
+    scaling: bool = False
+    """Measure instead how a step scales over virtual devices and processes of the CPU."""
+
     repeats: int = 7
     """Measurements of each contender."""
 
@@ -96,6 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Settings, args=arguments, prog="python -m experiments.benchmark", description=__doc__
     )
     console = Console()
+    if settings.scaling:
+        return _scaling(settings, console)
     # All contenders are there at once: none may take a whole accelerator's memory, or use TF32.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "float32")
@@ -123,6 +129,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         picture = settings.json.with_suffix(".png")
         runs.write_bytes(picture, figures.to_png(figures.benchmark(found["epoch"])))
         print_plain(console, f"picture: {picture}")
+    return 0
+
+
+def _scaling(settings: Settings, console: Console) -> int:
+    from experiments import scaling
+
+    found = scaling.run(settings.repeats)
+    console.print(scaling.table(found))
+    print_plain(console, scaling.tell(found))
+    if settings.json is not None:
+        runs.write_json(settings.json, {**runs.provenance(), "scaling": found})
     return 0
 
 

@@ -1,16 +1,21 @@
 """Which devices a run uses, decided before JAX starts."""
 
 import contextlib
+import math
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import psutil
+from jax.sharding import Mesh
 
-from bnjax.distributed import make_mesh, parse_mesh
+from bnjax import hosts
+from bnjax.distributed import fill_mesh, make_mesh, parse_mesh, runs_at_once
 from bnjax.paired import Arm, Lane
+from experiments.options import Execution
 
 # JAX opens threads for each; some hundreds end the program.
 MAX_CPUS = 64
@@ -48,29 +53,76 @@ def make_lanes(arms: tuple[Arm, ...], mesh: str, replicates: int) -> list[Lane]:
 
     A CPU's cores become devices, unless `XLA_FLAGS` already says how many there are. Every arm is
     a program of its own there, so that its numbers do not depend on its neighbours, and with
-    "auto" it has its own share of the cores. An accelerator trains all arms in one program.
+    "auto" it has its own share of the cores. An accelerator trains all arms in one program. With
+    several processes every program runs on all devices.
 
     Args:
         arms: what to train.
-        mesh: "auto", or sizes as `parse_mesh` reads them: then every arm uses that mesh.
+        mesh: "auto", or sizes as `parse_mesh` reads them: then every arm uses that mesh. "auto"
+            takes as many devices for replicates as there are, and spreads batches over the rest.
         replicates: how many of each arm.
 
     Raises:
         ValueError: if the mesh does not fit the devices.
     """
-    wanted = None if mesh == "auto" else parse_mesh(mesh)["replicate"]
-    open_cpus(min(wanted or min(_cores(), len(arms) * replicates), MAX_CPUS))
-    devices = _devices()
-    if devices[0].platform != "cpu":
-        return [Lane(arms, make_mesh(wanted or min(replicates, len(devices))))]
-    if wanted or len(devices) < len(arms):
-        shared = make_mesh(wanted or 1)
-        return [Lane((arm,), shared) for arm in arms]
-    share = len(devices) // len(arms)
-    return [
-        Lane((arm,), make_mesh(min(replicates, share), devices[k * share : (k + 1) * share]))
-        for k, arm in enumerate(arms)
-    ]
+    wanted = {} if mesh == "auto" else parse_mesh(mesh)
+    if jax.distributed.is_initialized():
+        shared = _span_hosts(wanted, replicates)
+    else:
+        cpus = math.prod(wanted.values()) if wanted else min(_cores(), len(arms) * replicates)
+        open_cpus(min(cpus, MAX_CPUS))
+        devices = _devices()
+        share = len(devices) // len(arms)
+        if not wanted and devices[0].platform == "cpu" and share:
+            return [
+                Lane((arm,), fill_mesh(replicates, devices[k * share : (k + 1) * share]))
+                for k, arm in enumerate(arms)
+            ]
+        shared = (
+            make_mesh(wanted["replicate"], wanted["data"])
+            if wanted
+            else fill_mesh(replicates, devices)
+        )
+    if runs_at_once(shared):
+        return [Lane(arms, shared)]
+    return [Lane((arm,), shared) for arm in arms]
+
+
+def _span_hosts(wanted: dict[str, int], replicates: int) -> Mesh:
+    """A mesh of all devices of all processes: none may be idle, and "auto" divides their number."""
+    count = jax.device_count()
+    if not wanted:
+        replicate = max(n for n in range(1, min(replicates, count) + 1) if count % n == 0)
+        return make_mesh(replicate, count // replicate)
+    if math.prod(wanted.values()) != count:
+        told = ",".join(f"{axis}={size}" for axis, size in wanted.items())
+        raise ValueError(
+            f"mesh {told} has {math.prod(wanted.values())} devices: {jax.process_count()} "
+            f"processes have {count} together, and all of them take part"
+        )
+    return make_mesh(wanted["replicate"], wanted["data"])
+
+
+def join_processes(execution: Execution) -> None:
+    """Joins the other processes, each with its share of the mesh where the devices are CPUs.
+
+    Raises:
+        ValueError: if they do not come together.
+    """
+    count = 1
+    if execution.mesh != "auto" and execution.num_processes:
+        count = math.prod(parse_mesh(execution.mesh).values()) // execution.num_processes
+    open_cpus(max(count, 1))
+    _keep_stdout()
+    hosts.start(execution.coordinator, execution.num_processes, execution.process_id)
+
+
+def _keep_stdout() -> None:
+    """Leaves standard output to Python: JAX's Gloo writes there whom it has met."""
+    sys.stdout.flush()
+    own = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    sys.stdout = os.fdopen(own, "w", buffering=1, encoding=sys.stdout.encoding, errors="replace")
 
 
 def _devices() -> list[jax.Device]:
@@ -86,9 +138,10 @@ def memory(lanes: Sequence[Lane]) -> int:
 
     A container may have less than its machine: Linux tells by its control group.
     """
-    stats = [d.memory_stats() for d in {d for lane in lanes for d in lane.mesh.devices.flat}]
-    if all(stats):
-        return sum(one["bytes_limit"] for one in stats)
+    used = {device for lane in lanes for device in lane.mesh.devices.flat}
+    own = jax.local_devices()[0].memory_stats()  # a process cannot ask for those of another
+    if own:
+        return len(used) * own["bytes_limit"]
     with contextlib.suppress(OSError, ValueError):
         return min(psutil.virtual_memory().total, int(CGROUP.read_text()))
     return psutil.virtual_memory().total

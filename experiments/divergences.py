@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from bnjax import divergence, paired
+from bnjax import divergence, hosts, paired
 from bnjax.errors import CheckpointError
 from bnjax.paired import Epoch, States
 from bnjax.training import Batch, TrainState
@@ -25,6 +25,7 @@ def record(
     test: Batch,
     batch_size: int,
     before: Callable[[], States],
+    shares: int = 1,
 ) -> list[dict[str, Any]]:
     """Adds the replicates that stopped being finite in an epoch to those of a run.
 
@@ -36,15 +37,17 @@ def record(
         test: the test set.
         batch_size: examples per step.
         before: gives the states before the epoch.
+        shares: parts of each batch that were normalized on their own.
 
     Returns:
         The new ones, `{arm, replicate, epoch, step, layer}`, counted as there. Without a step all
         of them were finite, and the evaluation after them was not.
     """
-    known = read(path)
+    known = hosts.tell_all(read(path) if hosts.is_first() else None)[0]
     seen = {(mark["arm"], mark["replicate"]) for mark in known}
     found = [place for place in _lost(epoch) if place[:2] not in seen]
-    states = before() if any(step for *_, step in found) else {}
+    states = hosts.gather(before()) if any(step for *_, step in found) else {}
+    after = {arm: hosts.gather(epoch.states[arm]) for arm, _, step in found if not step}
     marks = []
     for arm, replicate, step in found:
         if step:
@@ -54,14 +57,15 @@ def record(
                 paired.derive(keys[replicate], "order", epoch.number),
                 step=step,
                 batch_size=batch_size,
+                shares=shares,
             )
         else:
-            state = _pick(epoch.states, arm, replicate)
+            state = _pick(after, arm, replicate)
             batch = train if np.isfinite(epoch.test[arm].loss[replicate]) else test
         layer = divergence.first_layer(state, batch, train=bool(step))
         place = {"arm": arm, "replicate": replicate, "epoch": epoch.number}
         marks.append({**place, "step": step, "layer": layer})
-    if marks:
+    if marks and hosts.is_first():
         runs.write_json(path / FILE, [*known, *marks])
     return marks
 

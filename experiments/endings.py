@@ -1,9 +1,11 @@
 """How a command ends: what stops it early becomes one sentence and an exit status."""
 
+import os
 import re
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -12,8 +14,12 @@ from typing import NoReturn
 import jax
 from rich.console import Console
 
+from bnjax import hosts
 from bnjax.errors import CheckpointError
 from experiments.console import print_plain
+
+# The status of a run that has ended in order, but every replicate of one network diverged.
+DIVERGED = 3
 
 
 class MistakeError(Exception):
@@ -45,32 +51,57 @@ def run(
     try:
         with _stopping() as check:
             return command(check)
-    except (MistakeError, CheckpointError) as error:
+    except MistakeError as error:
+        return _tell(f"error: {error}", 2, by_first=True)
+    except CheckpointError as error:
         return _tell(f"error: {error}", 2)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         return _tell(f"error: {place}{error.strerror or error}", 2, how_to_go_on())
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        told = re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory|Unable to allocate", str(error))
-        if not (told or isinstance(error, MemoryError)):
+    except Exception as error:
+        if hosts.is_lost(error):
+            return _tell("error: another process is lost", 1, how_to_go_on())
+        if _is_out_of_memory(error):
+            hint = "choose smaller networks, a smaller batch or fewer replicates"
+            return _tell(f"error: out of memory: {hint}", 2)
+        if not jax.distributed.is_initialized():
             raise
-        hint = "choose smaller networks, a smaller batch or fewer replicates"
-        return _tell(f"error: out of memory: {hint}", 2)
+        traceback.print_exc()  # Python's own end would wait for processes that wait for this one
+        return 1
     except (KeyboardInterrupt, Terminated) as stop:
         status = 130 if isinstance(stop, KeyboardInterrupt) else 143
-        return _tell("stopped", status, how_to_go_on())
+        return _tell("stopped", status, how_to_go_on(), by_first=True)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    told = re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory|Unable to allocate", str(error))
+    jax_says_so = isinstance(error, jax.errors.JaxRuntimeError) and told is not None
+    return jax_says_so or isinstance(error, MemoryError)
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process; signals would only disturb that."""
+    """Ends the process; signals would only disturb that.
+
+    One of several that stops early does not wait for the others: they may be lost, or wait for it.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    if status not in (0, DIVERGED) and jax.distributed.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(status)
     sys.exit(status)
 
 
-def _tell(message: str, status: int, words: Sequence[str] | None = None) -> int:
+def _tell(
+    message: str, status: int, words: Sequence[str] | None = None, *, by_first: bool = False
+) -> int:
+    """Says why the command ends; of several processes each says its own, or the first for all."""
     hint = f"; go on with: {shlex.join(words)}" if words else ""
-    print_plain(Console(stderr=True), message + hint)
+    if hosts.is_first():
+        print_plain(Console(stderr=True), message + hint)
+    elif not by_first:
+        print_plain(Console(stderr=True), f"{hosts.name()}: {message}{hint}")
     return status
 
 

@@ -17,13 +17,15 @@ It prints a line per epoch and leaves a run directory: the numbers
 (metrics.jsonl, summary.json), the settings (config.json), pictures, and
 report.html, which opens without a network.
 
-Exit status: 0 success; 2 a mistake in the command, the settings or the data;
-3 every replicate of one network diverged; 130 after Ctrl-C, 143 after SIGTERM.
+Exit status: 0 success; 1 another process is lost; 2 a mistake in the command, the settings or the
+data; 3 every replicate of one network diverged; 130 after Ctrl-C, 143 after SIGTERM.
 """
 
+import contextlib
 import dataclasses
 import io
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -35,7 +37,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from bnjax import checkpoint, diagnostics, models, paired
+from bnjax import checkpoint, diagnostics, hosts, models, paired
 from bnjax.errors import CheckpointWarning
 from bnjax.paired import Lane, States
 from bnjax.training import Batch
@@ -58,18 +60,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def command(check: Callable[[], None]) -> int:
         nonlocal path
-        with endings.mistakes():
-            plan = prepare(arguments, PROG, __doc__ or "", console)
-            if plan is None:
-                return 0
-            if not plan.options.execution.resume:
-                runs.create(plan.path, plan.config)
-        path = plan.path
-        with runs.locked(path):
+        with contextlib.ExitStack() as stack:
+            with endings.mistakes():
+                plan = prepare(arguments, PROG, __doc__ or "", console)
+                if plan is None:
+                    return 0
+                hosts.together(partial(_occupy, plan, stack))
+            path = plan.path
             display.print_plain(console, f"run directory: {path}")
+            if hosts.count() > 1:  # JAX may end this process without another word
+                again = shlex.join(_how_to_go_on(path))
+                display.print_plain(console, f"should a process be lost, go on with: {again}")
             return run(plan, console, check)
 
     return endings.run(command, lambda: _how_to_go_on(path) if path else [])
+
+
+def _occupy(plan: Plan, stack: contextlib.ExitStack) -> None:
+    """Makes the directory of a new run, and keeps it to this command."""
+    if hosts.is_first():
+        if not plan.options.execution.resume:
+            runs.create(plan.path, plan.config)
+        stack.enter_context(runs.locked(plan.path))
 
 
 def _how_to_go_on(path: Path) -> list[str]:
@@ -90,10 +102,9 @@ def run(plan: Plan, console: Console, check: Callable[[], None]) -> int:
     train = Batch(dataset.train_images, dataset.train_labels)
     test = Batch(dataset.test_images, dataset.test_labels)
     example = _choose_example(test, execution.feature_digit)
-    runs.write_arrays(
-        plan.path / "probes" / "example.npz",
-        {"image": np.asarray(example.images[0]), "label": np.asarray(example.labels[0])},
-    )
+    if hosts.is_first():
+        image, label = (np.asarray(values[0]) for values in example)
+        runs.write_arrays(plan.path / "probes" / "example.npz", {"image": image, "label": label})
     keys = paired.replicate_keys(experiment.seed, experiment.replicates)
     create = partial(
         paired.create_states,
@@ -103,6 +114,8 @@ def run(plan: Plan, console: Console, check: Callable[[], None]) -> int:
         shared_init=experiment.shared_init,
     )
 
+    local = experiment.bn_statistics == "local"
+    shares = plan.lanes[0].mesh.shape["data"] if local else 1
     decisive = {**dataclasses.asdict(experiment), "epochs": None}
     settings = json.dumps({**decisive, "data": plan.config["dataset"]["sha256"]})
     with checkpoint.Checkpoints(plan.path / "checkpoints", settings) as checkpoints:
@@ -110,11 +123,14 @@ def run(plan: Plan, console: Console, check: Callable[[], None]) -> int:
         recorded = len(lines) // (len(metrics.ARMS) * experiment.replicates)
         with display.noting(console, CheckpointWarning):
             done, states = checkpoints.restore(create(), at_most=recorded)
-        metrics.truncate(plan.path, done)
-        divergences.truncate(plan.path, done)
+        if hosts.is_first():
+            metrics.truncate(plan.path, done)
+            divergences.truncate(plan.path, done)
+        hosts.wait("what is recorded")
         if execution.resume:
-            runs.write_json(plan.path / "config.json", plan.config)
             display.print_plain(console, f"going on after epoch {done}")
+        if execution.resume and hosts.is_first():
+            runs.write_json(plan.path / "config.json", plan.config)
         epochs = paired.run(
             plan.lanes,
             states,
@@ -124,24 +140,29 @@ def run(plan: Plan, console: Console, check: Callable[[], None]) -> int:
             epochs=range(done + 1, experiment.epochs + 1),
             batch_size=experiment.batch_size,
             drop_last=experiment.drop_last,
+            statistics=experiment.bn_statistics,
         )
         with display.EpochLines(console, experiment, done, execution.progress) as epoch_lines:
             for epoch in epochs:
+                steps, on_train, on_test = hosts.gather((epoch.steps, epoch.train, epoch.test))
+                epoch = epoch._replace(steps=steps, train=on_train, test=on_test)
                 lines = metric_lines(epoch)
-                metrics.append(plan.path, lines)
-                epoch_lines.add(lines)
                 probes = probe(plan.lanes, epoch.states, example)
-                runs.write_arrays(plan.path / "probes" / f"epoch-{epoch.number:03}.npz", probes)
+                if hosts.is_first():
+                    file = plan.path / "probes" / f"epoch-{epoch.number:03}.npz"
+                    metrics.append(plan.path, lines)
+                    runs.write_arrays(file, probes)
+                epoch_lines.add(lines)
 
                 before = partial(_states_before, epoch, checkpoints, create)
                 for mark in divergences.record(
-                    plan.path, epoch, keys, train, test, experiment.batch_size, before
+                    plan.path, epoch, keys, train, test, experiment.batch_size, before, shares
                 ):
                     display.print_plain(console, f"NOTE: {divergences.describe(mark)}")
                 checkpoints.save(epoch.number, epoch.states)
                 check()
 
-    return _finish(plan.path, console)
+    return hosts.tell_all(_finish(plan.path, console) if hosts.is_first() else None)[0]
 
 
 def _states_before(
@@ -179,7 +200,7 @@ def metric_lines(epoch: paired.Epoch) -> list[dict[str, Any]]:
 def probe(lanes: Sequence[Lane], states: paired.States, example: Batch) -> dict[str, np.ndarray]:
     """What the diagnostics see in each arm, `{arm/name: [R, ...]}`."""
     return {
-        f"{arm.name}/{name}": np.asarray(values)
+        f"{arm.name}/{name}": hosts.gather(values)
         for lane in lanes
         for arm in lane.arms
         for name, values in _probe_arm(arm.module, states[arm.name].variables, example).items()
@@ -203,7 +224,7 @@ def _finish(path: Path, console: Console) -> int:
     diverged = [arm for arm in metrics.ARMS if summary["arms"][arm]["train_cost"]["n"] == 0]
     for arm in diverged:
         display.print_plain(Console(stderr=True), f"error: every replicate of {arm} has diverged")
-    return 3 if diverged else 0
+    return endings.DIVERGED if diverged else 0
 
 
 def _choose_example(test: Batch, digit: int) -> Batch:

@@ -34,9 +34,22 @@ class Execution:
     resume: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Run directory to go on in, with its own settings; only --epochs may grow."""
 
-    mesh: Annotated[str, tyro.conf.arg(metavar="replicate=N,data=1")] = "auto"
-    """Devices to spread the replicates over; auto takes as many as there are replicates and cores
-    (or accelerators)."""
+    mesh: Annotated[str, tyro.conf.arg(metavar="replicate=N,data=M")] = "auto"
+    """Devices to spread replicates and the examples of each batch over; auto takes as many as there
+    are replicates and cores (or accelerators), and what is left over for examples."""
+
+    distributed: bool = False
+    """Join other processes that run the same command: those that SLURM, Open MPI or Kubernetes
+    started, or as the next three say."""
+
+    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    """Where process 0 is to be found."""
+
+    num_processes: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """How many processes there are."""
+
+    process_id: Annotated[int | None, tyro.conf.arg(metavar="K")] = None
+    """Which one this is, from 0."""
 
     feature_digit: Annotated[int, tyro.conf.arg(metavar="0..9")] = 6
     """Class of the test example whose activations are recorded after each epoch and drawn."""
@@ -52,8 +65,24 @@ class Execution:
             parse_mesh(self.mesh)
         if not 0 <= self.feature_digit <= 9:
             raise ValueError(f"feature_digit is {self.feature_digit}: expected 0 to 9")
+        manual = (self.coordinator, self.num_processes, self.process_id)
+        if any(part is not None for part in manual) and (None in manual or not self.distributed):
+            raise ValueError(
+                "--coordinator, --num-processes and --process-id belong together, and to "
+                "--distributed"
+            )
+        if self.process_id is not None and not 0 <= self.process_id < (self.num_processes or 0):
+            raise ValueError(
+                f"process_id is {self.process_id}: expected 0 to {(self.num_processes or 0) - 1}"
+            )
         if self.out and self.resume:
             raise ValueError("--out and --resume exclude each other: a run goes on where it is")
+
+    def alone(self) -> "Execution":
+        """The same without other processes, which belong to one start and not to the run."""
+        return dataclasses.replace(
+            self, distributed=False, coordinator=None, num_processes=None, process_id=None
+        )
 
     @classmethod
     def load(cls, values: Mapping[str, Any], resume: Path) -> "Execution":

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import jax
 import optax
 from rich.console import Console
 
-from bnjax import data, initializers, models
+from bnjax import data, hosts, initializers, models
 from bnjax.data import Dataset
 from bnjax.errors import DataWarning
 from bnjax.paired import Arm, Lane
@@ -46,12 +47,45 @@ def prepare(arguments: Sequence[str], prog: str, description: str, console: Cons
         SystemExit: with status 2 after tyro has shown a usage error, with 0 after the help.
     """
     chosen, saved = _read_options(arguments, prog, description)
+    execution = chosen.execution
+    if execution.distributed:
+        _join(chosen, console)
+    if execution.resume:
+        finished = runs.is_finished(execution.resume, chosen.experiment.epochs)
+        if hosts.tell_all(finished)[0]:
+            told = f"{execution.resume} is finished: {chosen.experiment.epochs} epochs"
+            print_plain(console, told)
+            return None
+    plan = hosts.together(partial(_plan, chosen, saved, console))
+    hosts.check_same({"data": plan.config["dataset"], "mesh": dict(plan.lanes[0].mesh.shape)})
+    return dataclasses.replace(plan, path=Path(hosts.tell_all(str(plan.path))[0]))
+
+
+def _join(chosen: Options, console: Console) -> None:
+    execution = chosen.execution
+    if execution.process_id == 0:
+        told = f"{execution.num_processes} processes at {execution.coordinator}"
+        print_plain(console, f"waiting for {told}, at most {hosts.PATIENCE} seconds")
+    devices.join_processes(execution)
+    console.quiet = not hosts.is_first()
+    hosts.check_same(
+        {
+            **dataclasses.asdict(chosen.experiment),
+            **runs.provenance(),
+            "float": jax.dtypes.canonicalize_dtype(float).name,
+            "processes": execution.num_processes,
+            "resume": str(execution.resume),
+            "mesh": execution.mesh,
+            "feature_digit": execution.feature_digit,
+        }
+    )
+
+
+def _plan(chosen: Options, saved: dict[str, Any] | None, console: Console) -> Plan:
+    """What this process finds on its own."""
     experiment, execution = chosen.experiment, chosen.execution
-    if execution.resume and runs.is_finished(execution.resume, experiment.epochs):
-        print_plain(console, f"{execution.resume} is finished: {experiment.epochs} epochs")
-        return None
     out = execution.out and runs.expand(execution.out)
-    if out:
+    if out and hosts.is_first():
         runs.check_free(out)
 
     dataset = load_data(experiment.dataset, execution.data_dir, console)
@@ -68,22 +102,20 @@ def prepare(arguments: Sequence[str], prog: str, description: str, console: Cons
         devices.cache_programs(data.cache_directory() / "programs")
     jax.config.update("jax_default_matmul_precision", experiment.matmul_precision)
     lanes = devices.make_lanes(make_arms(experiment), execution.mesh, experiment.replicates)
+    mesh = dict(lanes[0].mesh.shape)
+    _check_statistics(experiment, mesh, len(dataset.train_labels), saved)
     check_memory(experiment, devices.memory(lanes))
-    path = execution.resume or out
-    path = path or runs.default_path(experiment.preset, dataset.name)
+    path = execution.resume or out or runs.default_path(experiment.preset, dataset.name)
     data_dir = execution.data_dir and runs.expand(execution.data_dir).absolute()
     experiment = dataclasses.replace(experiment, dataset=dataset.name)
     execution = dataclasses.replace(execution, data_dir=data_dir)
-    origin = {
-        **runs.provenance(),
-        **devices.describe(),
-        "mesh": dict(lanes[0].mesh.shape),
-    }
+    origin = {**runs.provenance(), **devices.describe(), "mesh": mesh}
     if saved:
         config = {**saved, "resumed": [*saved.get("resumed", []), origin]}
     else:
         dataset_values = {**found, "requested": requested}
-        config = {"execution": _jsonable(dataclasses.asdict(execution)), "dataset": dataset_values}
+        saved_execution = _jsonable(dataclasses.asdict(execution.alone()))
+        config = {"execution": saved_execution, "dataset": dataset_values}
         config |= origin
     config = {**config, "experiment": dataclasses.asdict(experiment)}
     return Plan(Options(experiment, execution), dataset, config, path, lanes)
@@ -144,6 +176,20 @@ def check_memory(experiment: Experiment, available: int) -> None:
             f"out of memory: these settings need about {needed / 1e9:.3g} GB and there are "
             f"{available / 1e9:.3g} GB; choose smaller --hidden-sizes, a smaller --batch-size or "
             "fewer --replicates"
+        )
+
+
+def _check_statistics(
+    experiment: Experiment, mesh: dict[str, int], examples: int, saved: dict[str, Any] | None
+) -> None:
+    if experiment.bn_statistics == "global":
+        return
+    experiment.check_local(mesh["data"], examples)
+    before = saved.get("mesh") if saved else mesh
+    if not isinstance(before, dict) or before.get("data") != mesh["data"]:
+        raise ValueError(
+            f"local statistics depend on how many devices share a batch: the run had the mesh "
+            f"{before}, now it is {mesh}; choose a --mesh with the same data"
         )
 
 

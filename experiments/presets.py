@@ -14,6 +14,7 @@ from bnjax.names import choose
 
 MAX_SEED = 2**32 - 1
 MAX_SIZE = 2**31 - 1
+STATISTICS = ("global", "local")
 PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
 
 
@@ -68,6 +69,10 @@ class Experiment:
     seed: int = 0
     """Decides everything random."""
 
+    bn_statistics: Annotated[str, tyro.conf.arg(metavar="|".join(STATISTICS))] = "global"
+    """Where devices share a batch (the axis data of --mesh): normalize by all of it, or each device
+    by its own examples, as PyTorch's DistributedDataParallel does."""
+
     matmul_precision: Annotated[str, tyro.conf.arg(metavar="|".join(PRECISIONS))] = "float32"
     """Precision of matrix products of float32 on accelerators. Left to themselves, they would use
     less (TF32 on NVIDIA's); CPUs always compute in float32."""
@@ -83,6 +88,7 @@ class Experiment:
         models.activation(self.activation)
         initializers.kernel(self.bn_init)
         initializers.kernel(self.no_bn_init)
+        choose("bn_statistics", self.bn_statistics, STATISTICS)
         choose("matmul_precision", self.matmul_precision, PRECISIONS)
         for name in ("epochs", "replicates"):
             _require_at_least(1, name, getattr(self, name))
@@ -126,6 +132,24 @@ class Experiment:
                 "would hold one example, which cannot be normalized; choose another batch size or "
                 "--drop-last"
             )
+
+    def check_local(self, data: int, examples: int) -> None:
+        """Checks that local statistics find the same number of examples, two at least, everywhere.
+
+        Args:
+            data: devices that share a batch.
+            examples: in the training set.
+
+        Raises:
+            ValueError: if they do not.
+        """
+        last = 0 if self.drop_last else examples % self.batch_size
+        for size in {self.batch_size, last or self.batch_size}:
+            if size % data or size < 2 * data:
+                raise ValueError(
+                    f"bn_statistics local: a batch of {size} cannot be dealt to {data} devices in "
+                    "equal parts of two or more; choose another --batch-size, --mesh or --drop-last"
+                )
 
     @classmethod
     def load(cls, values: Mapping[str, Any]) -> "Experiment":

@@ -5,7 +5,11 @@ import io
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from experiments import metrics, mnist_bn
+
+COSTS = ("train_cost", "train_loss", "test_loss")
 
 
 class Result(NamedTuple):
@@ -28,3 +32,13 @@ def call(*arguments) -> Result:
 def lines_of(path: Path) -> list[dict]:
     """A run's metrics without `seconds`, the only one that may differ between equal runs."""
     return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics.read(path)]
+
+
+def assert_same_numbers(path: Path, expected: Path, tolerance: float = 2e-3) -> None:
+    """Two runs agree but for rounding, which Adam makes larger."""
+    mine, others = metrics.read(path), metrics.read(expected)
+    assert len(mine) == len(others)
+    for a, b in zip(mine, others, strict=True):
+        assert (a["epoch"], a["arm"], a["replicate"]) == (b["epoch"], b["arm"], b["replicate"])
+        costs = [[line[cost] for cost in COSTS] for line in (a, b)]
+        np.testing.assert_allclose(*costs, rtol=tolerance)

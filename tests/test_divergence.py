@@ -1,5 +1,8 @@
 """Finding the step and the layer in which a network stopped being finite."""
 
+from functools import partial
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import optax
 import pytest
 
 from bnjax import divergence, models, training
+from bnjax.layers import BatchNorm
 from bnjax.training import Batch
 
 KEY, ORDER = jax.random.key(0), jax.random.key(5)
@@ -69,6 +73,22 @@ def test_an_epoch_is_gone_through_as_training_did(rate):
         layer = divergence.first_layer(there, batch, train=True)
         assert (layer is None) == (step < first)
     assert not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params))
+
+
+def test_shares_that_were_normalized_on_their_own_are_again():
+    ghosts = partial(BatchNorm, ddof=1, virtual_batch_size=2)
+    one, other = (
+        training.create_state(
+            models.MLP((4,), 10, batch_norm=norm), optax.sgd(0.1), jax.random.key(0), EXAMPLES[0]
+        )
+        for norm in (partial(BatchNorm, ddof=1), ghosts)
+    )
+    there = [
+        divergence.replay(start, EXAMPLES, ORDER, step=5, batch_size=8, shares=shares)[0].params
+        for start, shares in ((one, 4), (other, 1), (one, 1))
+    ]
+    chex.assert_trees_all_close(there[0], there[1], rtol=1e-5, atol=1e-6)
+    assert np.abs(there[0]["Dense_1"]["kernel"] - there[2]["Dense_1"]["kernel"]).max() > 1e-4
 
 
 def test_the_last_batch_of_an_epoch_may_be_short():

@@ -160,7 +160,8 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
         ("replicate=0", "sizes from 1"),
         ("replicate=two", "sizes from 1"),
         ("replicat=2", "did you mean 'replicate'"),
-        ("replicate=1,data=2", "data=1"),
+        ("replicate=1,date=2", "did you mean 'data'"),
+        ("data=0", "sizes from 1"),
     ],
 )
 def test_malformed_meshes_are_refused(text, message):

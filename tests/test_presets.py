@@ -21,6 +21,7 @@ EVERYWHERE = {
     "seed": 0,
     "activation": "relu",
     "shared_init": False,
+    "bn_statistics": "global",
     "matmul_precision": "float32",
 }
 

@@ -1,0 +1,189 @@
+"""Several processes that compute together, on one machine or on many."""
+
+import json
+import re
+import socket
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bnjax.distributed import place
+
+# Seconds without a sign of life after which a process counts as lost. JAX's default is 100.
+HEARTBEAT = 20
+
+# Seconds to wait for all processes at the start: one that never comes is to be noticed in a minute.
+PATIENCE = 50
+
+# What JAX says where another process does not answer any more.
+LOST = re.compile("Gloo|Connection|UNAVAILABLE|DEADLINE_EXCEEDED|[Hh]eartbeat|coordination service")
+
+T = TypeVar("T")
+
+
+def start(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> None:
+    """Joins the other processes; to be called before anything touches a device.
+
+    Without arguments JAX finds out from SLURM, Open MPI or Kubernetes. It ends a process that has
+    waited for `PATIENCE` seconds for another.
+
+    Args:
+        coordinator: `host:port` of process 0.
+        processes: how many there are.
+        process: which one this is, from 0.
+
+    Raises:
+        ValueError: if nothing says which processes there are, or the coordinator cannot be reached.
+    """
+    if coordinator is not None:
+        _check_address(coordinator, process)
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            initialization_timeout=PATIENCE,
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"the processes did not come together ({reason}): start all of them with the same "
+            "--coordinator host:port and --num-processes, each with its own --process-id"
+        ) from error
+
+
+def _check_address(coordinator: str, process: int | None) -> None:
+    """Refuses in words what JAX would end the process for without any."""
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(f"coordinator {coordinator!r}: expected HOST:PORT, as in 10.0.0.1:1234")
+    if process:
+        _find(host, int(port))
+        return
+    try:
+        socket.create_server(("", int(port))).close()
+    except OSError as error:
+        raise ValueError(
+            f"process 0 cannot listen at port {port}: it is in use or not allowed, choose another"
+        ) from error
+
+
+def _find(host: str, port: int) -> None:
+    limit = time.monotonic() + PATIENCE
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=PATIENCE).close()
+        except OSError as error:
+            if time.monotonic() > limit:
+                raise ValueError(
+                    f"process 0 does not answer at {host}:{port} ({error.strerror or error}): "
+                    "start it within a minute, and give all processes its address"
+                ) from error
+            time.sleep(0.1)
+        else:
+            return
+
+
+def count() -> int:
+    """How many processes there are; JAX starts for the answer only where there may be several."""
+    return jax.process_count() if jax.distributed.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this process prints and writes."""
+    return count() == 1 or jax.process_index() == 0
+
+
+def name() -> str:
+    """This process, in words."""
+    return f"{socket.gethostname()} (process {jax.process_index()})"
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that another process does not answer any more."""
+    return jax.distributed.is_initialized() and bool(LOST.search(str(error)))
+
+
+def gather(tree: Any) -> Any:
+    """The same pytree with all arrays whole, as NumPy, in every process."""
+    if count() == 1:
+        return jax.tree.map(np.asarray, tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def share(values: np.ndarray) -> np.ndarray | jax.Array:
+    """The same array with a part of it in each process, which then writes its own.
+
+    Args:
+        values: whole in every process; their number divides the length.
+    """
+    if count() == 1:
+        return values
+    first = [next(d for d in jax.devices() if d.process_index == k) for k in range(count())]
+    axis = PartitionSpec("process")
+    return place(values, NamedSharding(Mesh(np.array(first), ("process",)), axis))
+
+
+def wait(purpose: str) -> None:
+    """Waits until all processes are here."""
+    if count() > 1:
+        multihost_utils.sync_global_devices(purpose)
+
+
+def tell_all(value: Any) -> list[Any]:
+    """What each process holds, given something that JSON can hold."""
+    if count() == 1:
+        return [value]
+    content = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    length = int(multihost_utils.process_allgather(np.array(len(content))).max())
+    padded = np.zeros(length, np.uint8)
+    padded[: len(content)] = content
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row.tobytes().rstrip(b"\0")) for row in rows]
+
+
+def together(work: Callable[[], T]) -> T:
+    """The result of `work`, which every process calls; where it fails in one, it fails in all.
+
+    Raises:
+        ValueError: in the processes in which it did not fail, naming the host and what it says.
+    """
+    if count() == 1:
+        return work()
+    failure: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    told = [problem for problem in tell_all(failure and f"{name()}: {failure}") if problem]
+    if failure:
+        raise failure
+    if told:
+        raise ValueError(told[0])
+    return result
+
+
+def check_same(values: Mapping[str, Any]) -> None:
+    """Refuses, in all processes alike, to go on with one that would compute something else.
+
+    Raises:
+        ValueError: naming the host and what differs.
+    """
+    told = tell_all({"host": name(), **values})
+    for other in told[1:]:
+        different = [
+            f"{name} {other.get(name)!r} instead of {told[0].get(name)!r}"
+            for name in told[0].keys() | other.keys()
+            if name != "host" and other.get(name) != told[0].get(name)
+        ]
+        if different:
+            raise ValueError(f"{other['host']} has {', '.join(sorted(different))}")
