@@ -729,6 +729,10 @@ class TestDivergence:
         assert call("--resume", path, "--epochs", 2).status == 0
         assert divergences.read(path) == marks[:1]
 
+    def test_is_on_the_page_only_where_it_was(self, finished, diverged):
+        pages = [(run.path / "report.html").read_text() for run in (finished, diverged)]
+        assert ["Replicates that diverged" in page for page in pages] == [False, True]
+
     def test_is_reported(self, diverged):
         summary = json.loads((diverged.path / "summary.json").read_text())
         assert summary["arms"]["bn"]["train_cost"] == summarize([])._asdict()

@@ -38,7 +38,7 @@ def write(path: Path, summary: Mapping[str, Any]) -> None:
         experiment=experiment,
         features=features_png and data_uri(features_png),
         certainty=format_certainty,
-        divergences=map(divergences.describe, divergences.read(path)),
+        divergences=[divergences.describe(mark) for mark in divergences.read(path)],
         format=format_summary,
         one_replicate=ONE_REPLICATE,
         summary=summary,
