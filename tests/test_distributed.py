@@ -39,13 +39,16 @@ def make_arm(use_batch_norm=True, optimizer=None, **settings):
     return Arm("arm", module, optimizer or optax.adam(1e-3))
 
 
+def cast(state, dtype):
+    return jax.tree.map(
+        lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, state
+    )
+
+
 def train(mesh, batch_size, count, dtype, arm, statistics="global"):
     """One epoch of two replicates: the states after it, and the loss of each step."""
     data, keys = examples(count, dtype), paired.replicate_keys(0, 2)
-    states = paired.create_states([Lane((arm,), mesh)], keys, data.images[:2])
-    states = jax.tree.map(
-        lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, states
-    )
+    states = cast(paired.create_states([Lane((arm,), mesh)], keys, data.images[:2]), dtype)
     states, steps = paired.train_epoch(
         states,
         keys,
@@ -144,12 +147,9 @@ def test_local_statistics_are_those_of_pytorch_distributed():
     torch = pytest.importorskip("torch")
     torch.set_num_threads(1)
     data = examples(6 * 32, np.float64)
-    state = training.create_state(
-        MODEL, optax.sgd(0.1, momentum=0.9), jax.random.key(0), data.images
-    )
-    state = jax.tree.map(
-        lambda a: a.astype(np.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a, state
-    )
+    sgd = optax.sgd(0.1, momentum=0.9)
+    state = training.create_state(MODEL, sgd, jax.random.key(0), data.images)
+    state = cast(state, np.float64)
     step, layers = step_on(4), torch.nn
     ranks = [
         layers.Sequential(
