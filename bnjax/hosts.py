@@ -181,9 +181,9 @@ def check_same(values: Mapping[str, Any]) -> None:
     told = tell_all({"host": name(), **values})
     for other in told[1:]:
         different = [
-            f"{name} {other.get(name)!r} instead of {told[0].get(name)!r}"
-            for name in told[0].keys() | other.keys()
-            if name != "host" and other.get(name) != told[0].get(name)
+            f"{field} {other.get(field)!r} instead of {told[0].get(field)!r}"
+            for field in told[0].keys() | other.keys()
+            if field != "host" and other.get(field) != told[0].get(field)
         ]
         if different:
             raise ValueError(f"{other['host']} has {', '.join(sorted(different))}")

@@ -266,18 +266,21 @@ def run(
     with ThreadPoolExecutor() as pool:
         programs = list(pool.map(prepare, lanes))
 
+    turns = _take_turns(lanes)
+
+    def start_all(calls: Iterator[T]) -> list[T]:
+        return [jax.block_until_ready(result) if turns else result for result in calls]
+
     for number in epochs:
         start = time.perf_counter()
-        results = []
-        for p in programs:
-            results.append(p.train_epoch(_pick(states, p.lane), keys, number, p.train))
-            if _take_turns(lanes):
-                jax.block_until_ready(results)
+        results = start_all(
+            p.train_epoch(_pick(states, p.lane), keys, number, p.train) for p in programs
+        )
         jax.block_until_ready(results)
         seconds = time.perf_counter() - start
         states = _merge(new for new, _ in results)
-        on_train = [p.evaluate_train(_pick(states, p.lane), p.train) for p in programs]
-        on_test = [p.evaluate_test(_pick(states, p.lane), p.test) for p in programs]
+        on_train = start_all(p.evaluate_train(_pick(states, p.lane), p.train) for p in programs)
+        on_test = start_all(p.evaluate_test(_pick(states, p.lane), p.test) for p in programs)
         steps = _merge(metrics for _, metrics in results)
         yield Epoch(number, states, steps, _merge(on_train), _merge(on_test), seconds)
 
