@@ -129,9 +129,13 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
     if name == "digits":
         return _digits()
     wanted = "mnist" if name == "auto" else name
-    directory = data_dir or os.environ.get("BNJAX_DATA_DIR")
-    if directory:
-        return _from_directory(wanted, Path(directory))
+    if data_dir:
+        return _from_directory(wanted, Path(data_dir))
+    if told := os.environ.get("BNJAX_DATA_DIR"):
+        try:
+            return _from_directory(wanted, Path(told))
+        except DataError as error:
+            raise DataError(f"{error}; $BNJAX_DATA_DIR says to look there") from error
     try:
         if dataset := _prepared(wanted, prepared.default_directory()):
             return dataset

@@ -1,8 +1,10 @@
 """What a run shows while it trains: a line per epoch, and a progress bar on a terminal."""
 
 import warnings
+import webbrowser
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -23,13 +25,16 @@ SHOWN = {"train_cost": "train cost", "test_loss": "test loss", "test_accuracy": 
 class EpochLines:
     """Prints the epochs of a run as they come; a context manager around training.
 
-    On a terminal a bar below the lines shows both arms' latest test accuracy and the time left.
+    On a terminal a bar below the lines shows both arms' latest test accuracy, how many images are
+    trained on in a second, and the time left.
     """
 
-    def __init__(self, console: Console, experiment: Experiment, done: int, bar: bool) -> None:
+    def __init__(
+        self, console: Console, experiment: Experiment, done: int, bar: bool, examples: int
+    ) -> None:
         self._console = console
+        self._images = examples * experiment.replicates * len(ARMS)
         self._experiment = experiment
-        self._done = done
         self._progress = Progress(
             TextColumn("epoch {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(),
@@ -70,7 +75,8 @@ class EpochLines:
         )
         self._print(f"{f'{epoch}/{self._experiment.epochs}':<8}{sides}{seconds:10.2f}")
         accuracy = ", ".join(f"{arm} {100 * means[arm][-1]:.2f} %" for arm in ARMS)
-        self._progress.update(self._task, completed=epoch, description=accuracy)
+        told = f"{accuracy}, {self._images / seconds:,.0f} images/s"
+        self._progress.update(self._task, completed=epoch, description=told)
 
     def _print(self, line: str) -> None:
         print_plain(self._console, line)
@@ -88,6 +94,11 @@ def _ten_wide(value: float) -> str:
 def print_plain(console: Console, line: str, style: str | None = None) -> None:
     """Prints a line as it is: not wrapped, not coloured by guesses, brackets and all."""
     console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def open_report(path: Path) -> None:
+    """Shows the report of a run in the browser."""
+    webbrowser.open((path / "report.html").absolute().as_uri())
 
 
 @contextmanager
@@ -144,11 +155,11 @@ def format_summary(metric: str, summary: Mapping[str, Any], difference: bool = F
 def format_certainty(metric: str, difference: Mapping[str, Any]) -> tuple[str, str, str]:
     """The interval, how many replicates favour BN, and the sign test, of a paired difference."""
     scale, digits, _ = _unit(metric, difference=True)
-    interval, sign_test = "none", "none"
+    interval, sign_test = "-", "-"
     if difference["interval"] is not None:
         low, high = (_number(scale * bound, digits, "+") for bound in difference["interval"])
         interval = f"{low} to {high}"
-    if difference["sign_test"] is not None:
+    if difference["sign_test"] is not None and difference["n"] > 1:
         sign_test = f"{difference['sign_test']:.2g}"
     return interval, f"{difference['favour']} of {difference['n']}", sign_test
 

@@ -124,5 +124,5 @@ def describe(mark: Mapping[str, Any]) -> str:
     layer = mark["layer"] and f"; not finite from {mark['layer']} on"
     if layer and mark["layer"] == divergence.LOSS:
         layer = "; all layers were finite, the loss was not"
-    arm, replicate, epoch = mark["arm"], mark["replicate"], mark["epoch"]
+    arm, replicate, epoch = metrics.LABELS[mark["arm"]], mark["replicate"], mark["epoch"]
     return f"{arm}, replicate {replicate} diverged {when} epoch {epoch}{layer or ''}"

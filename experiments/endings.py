@@ -1,5 +1,6 @@
 """How a command ends: what stops it early becomes one sentence and an exit status."""
 
+import io
 import os
 import re
 import shlex
@@ -48,6 +49,9 @@ def run(
         command: given what raises if the command is to stop, and is to be called now and then.
         how_to_go_on: the words that start it again where it stopped, none where it cannot go on.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without ± is no reason to fail
     try:
         with _stopping() as check:
             return command(check)

@@ -17,6 +17,7 @@ from bnjax.errors import CheckpointError
 from experiments import runs
 
 ARMS = ("bn", "no_bn")
+LABELS = {"bn": "with BN", "no_bn": "without BN"}
 LOSSES = ("train_cost", "train_loss", "test_loss")
 METRICS = ("train_cost", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
 
@@ -106,6 +107,13 @@ def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, np.ndarray
         for values in metrics.values():
             values[~np.logical_and.accumulate(finite, axis=0)] = np.nan
     return result
+
+
+def finite_to_the_end(lines: Iterable[Mapping[str, Any]]) -> int | None:
+    """The first replicate that diverged in neither network, to be looked into; None if all did."""
+    by_arm = curves(lines)
+    finite = np.all([np.isfinite(by_arm[arm][METRICS[0]][-1]) for arm in ARMS], axis=0)
+    return int(finite.argmax()) if finite.any() else None
 
 
 def summarize(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

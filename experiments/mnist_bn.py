@@ -23,7 +23,6 @@ data; 3 every replicate of one network diverged; 130 after Ctrl-C, 143 after SIG
 
 import contextlib
 import dataclasses
-import io
 import json
 import shlex
 import sys
@@ -37,12 +36,12 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from bnjax import checkpoint, diagnostics, hosts, models, paired
+from bnjax import checkpoint, hosts, paired
 from bnjax.errors import CheckpointWarning
-from bnjax.paired import Lane, States
+from bnjax.paired import States
 from bnjax.training import Batch
 from experiments import console as display
-from experiments import divergences, endings, metrics, runs
+from experiments import divergences, endings, metrics, probes, runs
 from experiments.plan import Plan, prepare
 
 PROG = "python -m experiments.mnist_bn"
@@ -51,9 +50,6 @@ PROG = "python -m experiments.mnist_bn"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without ± is no reason to fail
     absl.logging.set_verbosity(absl.logging.FATAL)  # orbax logs tracebacks of what it raises
     console = Console()
     path: Path | None = None
@@ -124,6 +120,7 @@ def run(plan: Plan, console: Console, check: Callable[[], None]) -> int:
         with display.noting(console, CheckpointWarning):
             done, states = checkpoints.restore(create(), at_most=recorded)
         if hosts.is_first():
+            (plan.path / "probes" / "end.npz").unlink(missing_ok=True)  # of fewer epochs
             metrics.truncate(plan.path, done)
             divergences.truncate(plan.path, done)
         hosts.wait("what is recorded")
@@ -142,17 +139,18 @@ def run(plan: Plan, console: Console, check: Callable[[], None]) -> int:
             drop_last=experiment.drop_last,
             statistics=experiment.bn_statistics,
         )
-        with display.EpochLines(console, experiment, done, execution.progress) as epoch_lines:
+        count = len(train.labels)
+        with display.EpochLines(console, experiment, done, execution.progress, count) as shown:
             for epoch in epochs:
                 steps, on_train, on_test = hosts.gather((epoch.steps, epoch.train, epoch.test))
                 epoch = epoch._replace(steps=steps, train=on_train, test=on_test)
                 lines = metric_lines(epoch)
-                probes = probe(plan.lanes, epoch.states, example)
+                seen = probes.after_epoch(plan.lanes, epoch.states, example, train)
                 if hosts.is_first():
                     file = plan.path / "probes" / f"epoch-{epoch.number:03}.npz"
                     metrics.append(plan.path, lines)
-                    runs.write_arrays(file, probes)
-                epoch_lines.add(lines)
+                    runs.write_arrays(file, seen)
+                shown.add(lines)
 
                 before = partial(_states_before, epoch, checkpoints, create)
                 for mark in divergences.record(
@@ -160,9 +158,24 @@ def run(plan: Plan, console: Console, check: Callable[[], None]) -> int:
                 ):
                     display.print_plain(console, f"NOTE: {divergences.describe(mark)}")
                 checkpoints.save(epoch.number, epoch.states)
+                states = epoch.states
                 check()
 
-    return hosts.tell_all(_finish(plan.path, console) if hosts.is_first() else None)[0]
+        _look_inside(plan, states, train, test)
+    status = hosts.tell_all(_finish(plan.path, console) if hosts.is_first() else None)[0]
+    if execution.open and hosts.is_first():
+        display.open_report(plan.path)
+    return status
+
+
+def _look_inside(plan: Plan, states: States, train: Batch, test: Batch) -> None:
+    """Saves what a replicate that stayed finite has become, if there is one."""
+    lines = metrics.read(plan.path) if hosts.is_first() else []
+    replicate = hosts.tell_all(metrics.finite_to_the_end(lines) if lines else None)[0]
+    if replicate is not None:
+        seen = probes.at_end(plan.lanes, states, replicate, train, test)
+        if hosts.is_first():
+            runs.write_arrays(plan.path / "probes" / "end.npz", seen)
 
 
 def _states_before(
@@ -197,28 +210,10 @@ def metric_lines(epoch: paired.Epoch) -> list[dict[str, Any]]:
     ]
 
 
-def probe(lanes: Sequence[Lane], states: paired.States, example: Batch) -> dict[str, np.ndarray]:
-    """What the diagnostics see in each arm, `{arm/name: [R, ...]}`."""
-    return {
-        f"{arm.name}/{name}": hosts.gather(values)
-        for lane in lanes
-        for arm in lane.arms
-        for name, values in _probe_arm(arm.module, states[arm.name].variables, example).items()
-    }
-
-
-@partial(jax.jit, static_argnames="module")
-def _probe_arm(module: models.MLP, variables: Any, example: Batch) -> dict[str, jax.Array]:
-    return jax.lax.map(lambda one: diagnostics.features(module, one, example), variables)
-
-
 def _finish(path: Path, console: Console) -> int:
     from experiments import report  # matplotlib takes a third of a second
 
-    lines = metrics.read(path)
-    summary = {**metrics.summarize(lines), "divergences": divergences.read(path)}
-    report.write(path, summary)
-    runs.write_json(path / "summary.json", summary)
+    summary = report.redraw(path)
     console.print(display.closing_table(summary))
     display.print_plain(console, f"report: {path / 'report.html'}")
     diverged = [arm for arm in metrics.ARMS if summary["arms"][arm]["train_cost"]["n"] == 0]

@@ -51,6 +51,9 @@ class Execution:
     process_id: Annotated[int | None, tyro.conf.arg(metavar="K")] = None
     """Which one this is, from 0."""
 
+    open: bool = False
+    """Open the report in the browser when it is there."""
+
     feature_digit: Annotated[int, tyro.conf.arg(metavar="0..9")] = 6
     """Class of the test example whose activations are recorded after each epoch and drawn."""
 
@@ -78,10 +81,15 @@ class Execution:
         if self.out and self.resume:
             raise ValueError("--out and --resume exclude each other: a run goes on where it is")
 
-    def alone(self) -> "Execution":
-        """The same without other processes, which belong to one start and not to the run."""
+    def lasting(self) -> "Execution":
+        """The same without what belongs to one start and not to the run."""
         return dataclasses.replace(
-            self, distributed=False, coordinator=None, num_processes=None, process_id=None
+            self,
+            distributed=False,
+            coordinator=None,
+            num_processes=None,
+            process_id=None,
+            open=False,
         )
 
     @classmethod
@@ -153,3 +161,17 @@ def command(experiment: Experiment) -> str:
             values = value if isinstance(value, tuple) else (value,)
             words += [f"--{flag}", *map(str, values)]
     return shlex.join(words)
+
+
+def repeat(config: Mapping[str, Any]) -> str:
+    """The command that repeats a saved run; where its data lie is left open.
+
+    Statistics of each device's own examples depend on the mesh, which is then part of it.
+    """
+    experiment = Experiment.load(config["experiment"])
+    words = [command(experiment)]
+    if config["execution"].get("data_dir"):
+        words.append("--data-dir DIR")
+    if experiment.bn_statistics == "local":
+        words.append("--mesh " + ",".join(f"{axis}={n}" for axis, n in config["mesh"].items()))
+    return " ".join(words)

@@ -17,7 +17,7 @@ from bnjax.data import Dataset
 from bnjax.errors import DataWarning
 from bnjax.paired import Arm, Lane
 from experiments import devices, options, runs
-from experiments.console import noting, print_plain
+from experiments.console import noting, open_report, print_plain
 from experiments.options import Options
 from experiments.presets import Experiment
 
@@ -54,7 +54,9 @@ def prepare(arguments: Sequence[str], prog: str, description: str, console: Cons
         finished = runs.is_finished(execution.resume, chosen.experiment.epochs)
         if hosts.tell_all(finished)[0]:
             told = f"{execution.resume} is finished: {chosen.experiment.epochs} epochs"
-            print_plain(console, told)
+            print_plain(console, f"{told}; --epochs can add to them")
+            if execution.open and hosts.is_first():
+                open_report(execution.resume)
             return None
     plan = hosts.together(partial(_plan, chosen, saved, console))
     hosts.check_same({"data": plan.config["dataset"], "mesh": dict(plan.lanes[0].mesh.shape)})
@@ -114,7 +116,7 @@ def _plan(chosen: Options, saved: dict[str, Any] | None, console: Console) -> Pl
         config = {**saved, "resumed": [*saved.get("resumed", []), origin]}
     else:
         dataset_values = {**found, "requested": requested}
-        saved_execution = _jsonable(dataclasses.asdict(execution.alone()))
+        saved_execution = _jsonable(dataclasses.asdict(execution.lasting()))
         config = {"execution": saved_execution, "dataset": dataset_values}
         config |= origin
     config = {**config, "experiment": dataclasses.asdict(experiment)}
@@ -156,6 +158,22 @@ def make_arms(experiment: Experiment) -> tuple[Arm, ...]:
 
     no_bn_init = experiment.bn_init if experiment.shared_init else experiment.no_bn_init
     return arm("bn", True, experiment.bn_init), arm("no_bn", False, no_bn_init)
+
+
+def describe(
+    settings: dict[str, Any], dataset: data.Dataset, requested: str, data_dir: Path | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `runs.occupied` keeps of results that are no run: their settings, and their origin."""
+    config = {
+        "experiment": settings,
+        "execution": {"data_dir": data_dir and str(runs.expand(data_dir).absolute())},
+        "dataset": {
+            "name": dataset.name,
+            "sha256": data.fingerprint(dataset),
+            "requested": requested,
+        },
+    }
+    return config, {**runs.provenance(), **devices.describe()}
 
 
 def check_memory(experiment: Experiment, available: int) -> None:

@@ -17,6 +17,8 @@ MAX_SIZE = 2**31 - 1
 STATISTICS = ("global", "local")
 PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
 
+PRESET = tyro.conf.arg(metavar="boostcourse|lab10|deep10")
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -26,7 +28,7 @@ class Experiment:
         ValueError: if a value is not usable, in one sentence.
     """
 
-    preset: Annotated[str, tyro.conf.arg(metavar="boostcourse|lab10|deep10")] = "boostcourse"
+    preset: Annotated[str, PRESET] = "boostcourse"
     """The notebook to re-run; its settings become the defaults of all other flags."""
 
     dataset: Annotated[str, tyro.conf.arg(metavar="|".join(data.NAMES))] = "auto"
@@ -80,7 +82,6 @@ class Experiment:
     source: ClassVar[str] = ""
     published: ClassVar[tuple[str, ...]] = ()
     errata: ClassVar[tuple[str, ...]] = ()
-    draws_features: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         choose("preset", self.preset, PRESETS)
@@ -229,7 +230,7 @@ class Lab10(Experiment):
     Runtime: under 20 seconds on two cores.
     """
 
-    preset: Annotated[str, tyro.conf.arg(metavar="boostcourse|lab10|deep10")] = "lab10"
+    preset: Annotated[str, PRESET] = "lab10"
     epochs: int = 11
     batch_size: int = 32
     learning_rate: float = 1e-2
@@ -264,7 +265,7 @@ class Deep10(Experiment):
     Runtime: under 40 seconds on two cores.
     """
 
-    preset: Annotated[str, tyro.conf.arg(metavar="boostcourse|lab10|deep10")] = "deep10"
+    preset: Annotated[str, PRESET] = "deep10"
     epochs: int = 9
     batch_size: int = 64
     drop_last: bool = False
@@ -280,7 +281,6 @@ class Deep10(Experiment):
         "mean losses, divided by 10,000 examples: about 64 times too small.",
         "It draws new batches for the second network; here both see the same.",
     )
-    draws_features: ClassVar[bool] = True
 
 
 PRESETS: dict[str, type[Experiment]] = {

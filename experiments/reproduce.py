@@ -13,6 +13,7 @@ Exit status: 0 whatever the verdicts; 2 a mistake in the command, the settings o
 130 after Ctrl-C, 143 after SIGTERM.
 """
 
+import contextlib
 import dataclasses
 import shlex
 import time
@@ -33,7 +34,7 @@ from bnjax.names import choose
 from experiments import devices, endings, runs, verdicts
 from experiments.claims import Claim, Settings, load_claims
 from experiments.console import print_plain
-from experiments.plan import load_data
+from experiments.plan import describe, load_data
 from experiments.presets import MAX_SEED, PRESETS, Experiment
 
 FEWEST = 512
@@ -87,20 +88,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def command(check: Callable[[], None]) -> int:
         nonlocal path
-        with endings.mistakes():
-            claims = load_claims()
-            if not options.claims:
-                console.print(verdicts.listing(claims.values()))
-                return 0
-            chosen = [choose("claim", name, [*claims, "all"]) for name in options.claims]
-            names = claims if "all" in chosen else dict.fromkeys(chosen)
-            dataset = load_data(options.dataset, options.data_dir, console)
-            check_data(dataset)
-            devices.cache_programs(data.cache_directory() / "programs")
-            devices.open_cpus()
-            jax.config.update("jax_default_matmul_precision", Experiment.matmul_precision)
-            path = open_directory(options, dataset)
-        with runs.locked(path):
+        with contextlib.ExitStack() as stack:
+            with endings.mistakes():
+                claims = load_claims()
+                if not options.claims:
+                    console.print(verdicts.listing(claims.values()))
+                    return 0
+                chosen = [choose("claim", name, [*claims, "all"]) for name in options.claims]
+                names = claims if "all" in chosen else dict.fromkeys(chosen)
+                dataset = load_data(options.dataset, options.data_dir, console)
+                check_data(dataset)
+                devices.cache_programs(data.cache_directory() / "programs")
+                devices.open_cpus()
+                jax.config.update("jax_default_matmul_precision", Experiment.matmul_precision)
+                path = runs.expand(options.out or runs.default_path("reproduce", dataset.name))
+                settings = {
+                    name: getattr(options, name) for name in ("quick", "replicates", "seed")
+                }
+                described = describe(settings, dataset, options.dataset, options.data_dir)
+                stack.enter_context(runs.occupied(path, *described))
             print_plain(console, f"directory: {path}")
             run([claims[name] for name in names], options, dataset, path, console, check)
             print_plain(console, f"report: {path / 'report.html'}")
@@ -120,41 +126,6 @@ def check_data(dataset: Dataset) -> None:
         raise ValueError(f"{dataset.name} has {found} training images: claims need {FEWEST}")
     for preset in PRESETS.values():
         preset().check_against(dataset)
-
-
-def open_directory(options: Options, dataset: Dataset) -> Path:
-    """Creates the directory of the results, or finds it as it should be.
-
-    Raises:
-        ValueError: if something else is there, or results with other settings.
-    """
-    path = runs.expand(options.out or runs.default_path("reproduce", dataset.name))
-    settings = {"quick": options.quick, "replicates": options.replicates, "seed": options.seed}
-    found = {"name": dataset.name, "sha256": data.fingerprint(dataset)}
-    origin = {**runs.provenance(), **devices.describe()}
-    config = {
-        "experiment": settings,
-        "execution": {
-            "data_dir": options.data_dir and str(runs.expand(options.data_dir).absolute())
-        },
-        "dataset": {**found, "requested": options.dataset},
-        **origin,
-    }
-    if not (path / "config.json").exists():
-        runs.create(path, config)
-        return path
-    saved = runs.read_config(path)
-    if saved["experiment"].keys() != settings.keys():
-        raise ValueError(f"{path} holds another kind of run: choose another directory for --out")
-    before = {**saved["experiment"], "data": saved["dataset"]["sha256"]}
-    now = {**settings, "data": found["sha256"]}
-    if before != now:
-        changed = [name for name in now if before[name] != now[name]]
-        told = [f"{name} was {before[name]}, now {now[name]}" for name in changed]
-        raise ValueError(f"{path} holds results with other settings: {', '.join(told)}")
-    saved["resumed"] = [*saved.get("resumed", []), origin]
-    runs.write_json(path / "config.json", saved)
-    return path
 
 
 def run(
@@ -180,7 +151,10 @@ def run(
     total = sum(costs[claim.id] for claim in left)
     told = f", {len(claims) - len(left)} done before" if len(left) < len(claims) else ""
     duration = verdicts.format_seconds(total)
-    print_plain(console, f"{len(claims)} claims{told}, about {duration} on two cores")
+    print_plain(
+        console,
+        f"{len(claims)} claim{'s' * (len(claims) > 1)}{told}, about {duration} on two cores",
+    )
     begin = time.perf_counter()
     bar = Progress(
         TextColumn("{task.description}"),

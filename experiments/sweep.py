@@ -1,168 +1,319 @@
-"""Training for the claims: arms from scratch, and grids of settings that differ in numbers."""
+"""What batch normalization is worth over a grid of settings, as heat maps.
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+    python -m experiments.sweep --learning-rate 1e-4 1e-3 1e-2 --batch-size 32 256 --out DIR
+
+Every cell is a paired run of several replicates. Cells that differ in the learning rate alone are
+trained by one program. It leaves sweep.html, which needs no network, sweep.svg and sweep.json; a
+sweep that was stopped goes on with the same command.
+Exit status: 0 success; 2 a mistake in the command, the settings or the data; 130 after Ctrl-C,
+143 after SIGTERM.
+"""
+
+import contextlib
+import dataclasses
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
-from jax import Array
+import tyro
+from rich.console import Console
 
-from bnjax import initializers, models, paired
-from bnjax.paired import Arm, Epoch, States
-from bnjax.training import Batch, TrainState
-from experiments import devices
+from bnjax import data, paired
+from bnjax.data import Dataset
+from bnjax.errors import CheckpointError
+from bnjax.names import choose
+from bnjax.paired import Arm, States
+from bnjax.statistics import paired_difference, summarize
+from bnjax.training import Batch
+from experiments import devices, endings, grids, metrics, mnist_bn, runs
+from experiments.console import SHOWN, TITLES, format_summary, print_plain
+from experiments.plan import check_memory, describe, load_data, make_arms
+from experiments.presets import PRESETS, Experiment
 
-ACTIVATION_NAMES = {"relu": "ReLU", "sigmoid": "sigmoid", "tanh": "tanh"}
-UNIT_NORMAL = initializers.normal(1.0)
-SGD = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)
+PROG = "python -m experiments.sweep"
+ADAM = optax.inject_hyperparams(optax.adam)(learning_rate=1.0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The grid; an axis that is not given has the preset's value alone."""
+
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Directory to create, or to go on in."""
+
+    learning_rate: tuple[float, ...] = ()
+    """Of Adam."""
+
+    batch_size: tuple[int, ...] = ()
+    """Examples per step."""
+
+    activation: tuple[str, ...] = ()
+    """Of the hidden layers."""
+
+    preset: Annotated[str, tyro.conf.arg(metavar="|".join(PRESETS))] = "boostcourse"
+    """Everything else."""
+
+    dataset: Annotated[str, tyro.conf.arg(metavar="|".join(data.NAMES))] = "auto"
+    """What to train on."""
+
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Where the dataset's IDX files are."""
+
+    epochs: int | None = None
+    """Times through the training set, instead of the preset's."""
+
+    drop_last: bool = False
+    """Leave out the last, smaller batch of an epoch."""
+
+    replicates: int = 3
+    """Independent pairs of networks in each cell."""
+
+    seed: int = 0
+    """Decides everything random."""
+
+    def __post_init__(self) -> None:
+        choose("preset", self.preset, PRESETS)
+        for name in ("learning_rate", "batch_size", "activation"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} has a value twice: {', '.join(map(str, values))}")
+        self.groups()
+
+    def groups(self) -> list[list[Experiment]]:
+        """The experiments of the grid; those that differ in the learning rate alone together."""
+        preset = PRESETS[self.preset]()
+        base = dataclasses.replace(
+            preset,
+            dataset=self.dataset,
+            epochs=preset.epochs if self.epochs is None else self.epochs,
+            drop_last=preset.drop_last or self.drop_last,
+            replicates=self.replicates,
+            seed=self.seed,
+        )
+        return [
+            [
+                dataclasses.replace(
+                    base, activation=activation, batch_size=batch_size, learning_rate=rate
+                )
+                for rate in self.learning_rate or (base.learning_rate,)
+            ]
+            for activation in self.activation or (base.activation,)
+            for batch_size in self.batch_size or (base.batch_size,)
+        ]
+
+    def resolved(self) -> dict[str, Any]:
+        """What decides the results, with the preset's values where no others are given."""
+        experiments = [one for group in self.groups() for one in group]
+        axes = {
+            name: list(dict.fromkeys(getattr(one, name) for one in experiments))
+            for name in ("learning_rate", "batch_size", "activation")
+        }
+        first = experiments[0]
+        names = ("preset", "epochs", "drop_last", "replicates", "seed")
+        return {**axes, **{name: getattr(first, name) for name in names}}
 
 
 class Cell(NamedTuple):
-    """One setting of a grid.
+    """One setting, and its metrics after the last epoch: `{arm: {metric: [R]}}`."""
 
-    Attributes:
-        learning_rate: of plain SGD.
-        std: `(fan_in, fan_out) -> ` standard deviation of a kernel's normal initial values.
-    """
-
+    activation: str
+    batch_size: int
     learning_rate: float
-    std: Callable[[int, int], float]
+    values: dict[str, dict[str, list[float]]]
 
 
-def he_std(fan_in: int, fan_out: int) -> float:
-    """Of `bnjax.initializers.he_normal`, for a `Cell`."""
-    return math.sqrt(2 / fan_in)
-
-
-def train(
-    arms: Sequence[Arm],
-    keys: Array,
-    examples: Batch,
-    test: Batch,
-    *,
-    epochs: int,
-    batch_size: int,
-    drop_last: bool = True,
-    change: Callable[[States], States] = lambda states: states,
-) -> Iterator[Epoch]:
-    """Trains arms from scratch, as `bnjax.paired.run`, on all devices.
-
-    Args:
-        arms: what to train.
-        keys: `[R]`, one for each replicate.
-        examples: the training set.
-        test: the test set.
-        epochs: times through the training set.
-        batch_size: examples per step; all of them where there are fewer.
-        drop_last: leave out what does not fill a batch.
-        change: what to do to the initial states.
-    """
-    lanes = devices.make_lanes(tuple(arms), "auto", len(keys))
-    states = change(paired.create_states(lanes, keys, examples.images[:2]))
-    return paired.run(
-        lanes,
-        states,
-        keys,
-        examples,
-        test,
-        epochs=range(1, epochs + 1),
-        batch_size=min(batch_size, len(examples.labels)),
-        drop_last=drop_last,
-    )
-
-
-def train_grid(
-    cells: Sequence[Cell],
-    keys: Array,
-    examples: Batch,
-    test: Batch,
-    *,
-    epochs: int,
-    batch_size: int,
-    at_start: Callable[[States], None] = lambda states: None,
-    **fields: object,
-) -> Iterator[Epoch]:
-    """An MLP with batch normalization and its twin without, trained by SGD in every cell.
-
-    All cells share the keys: they differ in their numbers alone. Initial biases are 0.
-
-    Args:
-        cells: C settings.
-        keys: `[R]`.
-        examples, test, epochs, batch_size: as in `train`.
-        at_start: sees the initial states, which the first epoch is given for its own.
-        fields: of the `MLP`.
-
-    Yields:
-        Epochs whose leading axis, of length C R, `by_cell` unfolds.
-    """
-    drawn = networks(kernel_init=UNIT_NORMAL, **fields)
-    arms = [Arm(name, module, SGD) for name, module in drawn.items()]
+def train(group: Sequence[Experiment], dataset: Dataset) -> list[Cell]:
+    """The cells of experiments that differ in the learning rate alone, by one program."""
+    first, count = group[0], group[0].replicates
+    rates = np.repeat([one.learning_rate for one in group], count).astype(np.float32)
 
     def change(states: States) -> States:
-        changed = {name: _change(state, cells, len(keys)) for name, state in states.items()}
-        at_start(changed)
-        return changed
+        return {
+            name: state.replace(
+                opt_state=state.opt_state._replace(
+                    hyperparams={
+                        "learning_rate": jnp.array(rates)
+                    }  # one for each: they are donated
+                )
+            )
+            for name, state in states.items()
+        }
 
-    return train(
-        arms,
-        jnp.tile(keys, len(cells)),
-        examples,
-        test,
-        epochs=epochs,
-        batch_size=batch_size,
+    epochs = grids.train(
+        [Arm(arm.name, arm.module, ADAM) for arm in make_arms(first)],
+        jnp.tile(paired.replicate_keys(first.seed, count), len(group)),
+        Batch(dataset.train_images, dataset.train_labels),
+        Batch(dataset.test_images, dataset.test_labels),
+        epochs=first.epochs,
+        batch_size=first.batch_size,
+        drop_last=first.drop_last,
         change=change,
     )
-
-
-def _change(state: TrainState, cells: Sequence[Cell], replicates: int) -> TrainState:
-    params = flatten_dict(state.params)
-    for path, value in params.items():
-        if path[-1] == "kernel":
-            stds = np.repeat([cell.std(*value.shape[1:]) for cell in cells], replicates)
-            params[path] = value * stds.astype(value.dtype)[:, None, None]
-        elif path[-2].startswith("Dense"):
-            params[path] = jnp.zeros_like(value)
-    rates = jnp.repeat(jnp.asarray([c.learning_rate for c in cells], jnp.float32), replicates)
-    opt_state = state.opt_state._replace(hyperparams={"learning_rate": rates})
-    return state.replace(params=unflatten_dict(params), opt_state=opt_state)
-
-
-def by_cell(values: np.ndarray, cells: Sequence[Cell]) -> np.ndarray:
-    """`[C R, ...]` as `[C, R, ...]`."""
-    return values.reshape(len(cells), -1, *values.shape[1:])
-
-
-def accuracy(epoch: Epoch) -> dict[str, np.ndarray]:
-    """Test accuracy of each arm after an epoch, `[R]`, in percent."""
-    return {
-        arm: 100 * np.asarray(metrics.correct, np.float64) / np.asarray(metrics.examples)
-        for arm, metrics in epoch.test.items()
+    curves = metrics.curves(line for epoch in epochs for line in mnist_bn.metric_lines(epoch))
+    last = {
+        arm: {name: curves[arm][name][-1].reshape(len(group), count) for name in SHOWN}
+        for arm in metrics.ARMS
     }
+    return [
+        Cell(
+            one.activation,
+            one.batch_size,
+            one.learning_rate,
+            {arm: {name: last[arm][name][k].tolist() for name in SHOWN} for arm in metrics.ARMS},
+        )
+        for k, one in enumerate(group)
+    ]
 
 
-def networks(**fields: object) -> dict[str, models.MLP]:
-    """An MLP with batch normalization and its twin without."""
-    return {
-        "bn": models.MLP(use_batch_norm=True, **fields),  # type: ignore[arg-type]
-        "no_bn": models.MLP(use_batch_norm=False, **fields),  # type: ignore[arg-type]
-    }
+class Worth(NamedTuple):
+    """What a cell says of test accuracy.
+
+    Attributes:
+        arms: of each arm its summary over the replicates in which it is finite.
+        difference: with batch normalization minus without, where both are.
+        told: the difference in words, or which network diverged.
+    """
+
+    arms: dict[str, dict[str, Any]]
+    difference: dict[str, Any]
+    told: str
 
 
-def epochs_of(steps: int, batch_size: int, examples: Batch) -> int:
-    """Epochs that come nearest to so many steps, at least one."""
-    return max(1, round(steps * batch_size / len(examples.labels)))
+def weigh(cell: Cell) -> Worth:
+    """What batch normalization is worth in a cell."""
+    values = {arm: cell.values[arm]["test_accuracy"] for arm in metrics.ARMS}
+    arms = {arm: summarize(of_arm)._asdict() for arm, of_arm in values.items()}
+    first, second = values.values()
+    difference = paired_difference(first, second, lower_is_better=False)._asdict()
+    told = format_summary("test_accuracy", difference, difference=True)
+    if not difference["n"]:
+        lost = [metrics.LABELS[arm] for arm in metrics.ARMS if not arms[arm]["n"]]
+        told = f"{lost[0] if len(lost) == 1 else 'both'} diverged"
+    return Worth(arms, difference, told)
 
 
-def unstack(state: TrainState) -> list[TrainState]:
-    """The replicates of an arm's state, one by one."""
-    return [jax.tree.map(lambda a, k=k: a[k], state) for k in range(np.size(state.step))]
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status."""
+    console = Console()
+    settings = tyro.cli(Settings, args=arguments, prog=PROG, description=__doc__)
+    path = runs.expand(settings.out)
+    started = False
+
+    def command(check: Callable[[], None]) -> int:
+        nonlocal settings, started
+        with contextlib.ExitStack() as stack:
+            with endings.mistakes():
+                dataset = load_data(settings.dataset, settings.data_dir, console)
+                requested = settings.dataset
+                settings = dataclasses.replace(settings, dataset=dataset.name)
+                devices.open_cpus()
+                for group in settings.groups():
+                    check_group(group, dataset)
+                devices.cache_programs(data.cache_directory() / "programs")
+                jax.config.update("jax_default_matmul_precision", Experiment.matmul_precision)
+                described = describe(settings.resolved(), dataset, requested, settings.data_dir)
+                stack.enter_context(runs.occupied(path, *described))
+                started = True
+            cells: list[Cell] = []
+            for group in settings.groups():
+                cells += _train_once(path, group, dataset, console)
+                check()
+            _write(path, settings, cells)
+        print_plain(console, f"report: {path / 'sweep.html'}")
+        return 0
+
+    return endings.run(command, lambda: _words(settings) if started else [])
 
 
-def take(batch: Batch, count: int) -> Batch:
-    """The first examples of a set."""
-    return Batch(batch.images[:count], batch.labels[:count])
+def check_group(group: Sequence[Experiment], dataset: Dataset) -> None:
+    """Refuses cells that the data or the memory are too small for.
+
+    Raises:
+        ValueError: what is too small.
+    """
+    group[0].check_against(dataset)
+    count = len(group) * group[0].replicates
+    memory = devices.memory(devices.make_lanes(make_arms(group[0]), "auto", count))
+    check_memory(dataclasses.replace(group[0], replicates=count), memory)
+
+
+def _train_once(
+    path: Path, group: Sequence[Experiment], dataset: Dataset, console: Console
+) -> list[Cell]:
+    """The cells of a group, read where they are there already."""
+    file = path / "cells" / f"{group[0].activation}-{group[0].batch_size}.json"
+    if not file.exists():
+        file.parent.mkdir(exist_ok=True)
+        trained = [runs.null_for_nan(cell._asdict()) for cell in train(group, dataset)]
+        runs.write_json(file, {"cells": trained})
+    cells = _read(file, group)
+    for cell in cells:
+        print_plain(
+            console,
+            f"{cell.activation}, batches of {cell.batch_size}, learning rate "
+            f"{cell.learning_rate:g}: {weigh(cell).told}",
+        )
+    return cells
+
+
+def _read(file: Path, group: Sequence[Experiment]) -> list[Cell]:
+    try:
+        found = runs.read_object(file, ["cells"])["cells"]
+        cells = [Cell(**runs.nan_for_null(one)) for one in found]
+    except TypeError:
+        cells = []
+    settings = ("activation", "batch_size", "learning_rate")
+    if [[getattr(one, name) for name in settings] for one in cells] != [
+        [getattr(one, name) for name in settings] for one in group
+    ]:
+        raise CheckpointError(f"{file} is not what this sweep wrote: delete it to train it again")
+    return cells
+
+
+def _write(path: Path, settings: Settings, cells: Sequence[Cell]) -> None:
+    from experiments.report import heat
+    from experiments.report.figures import to_svg
+    from experiments.report.page import render, svg_uri
+
+    rows = [(cell, weigh(cell)) for cell in cells]
+    pairs = [row for row in rows if row[1].difference["n"]]
+    picture = to_svg(heat.maps(rows))
+    runs.write_bytes(path / "sweep.svg", picture)
+    content = [{**cell._asdict(), "benefit": worth.difference} for cell, worth in rows]
+    runs.write_json(path / "sweep.json", {"cells": runs.null_for_nan(content)})
+    page = render(
+        "sweep.html.j2",
+        arms=metrics.ARMS,
+        command=shlex.join(_words(settings)),
+        config=runs.read_config(path),
+        format=format_summary,
+        map=svg_uri(picture),
+        pairs=sorted(pairs, key=lambda row: row[1].difference["mean"]),
+        rows=rows,
+        titles=TITLES,
+    )
+    runs.write_bytes(path / "sweep.html", page.encode(errors="replace"))
+
+
+def _words(settings: Settings) -> list[str]:
+    """The command that runs the same again."""
+    words = PROG.split()
+    for field in dataclasses.fields(Settings):
+        value = getattr(settings, field.name)
+        flag = f"--{field.name.replace('_', '-')}"
+        if value is True:
+            words.append(flag)
+        elif value != field.default:
+            values = value if isinstance(value, tuple) else (value,)
+            words += [flag, *map(str, values)]
+    return words
+
+
+if __name__ == "__main__":
+    endings.leave(main())

@@ -227,17 +227,18 @@ def _alone(state: TrainState, test: Batch) -> dict[str, Any]:
 
 
 def _groups(state: TrainState, test: Batch, key: Array) -> dict[str, Any]:
-    order = jax.random.permutation(key, len(test.labels))
+    sizes = [size for size in GROUPS if size <= len(test.labels)]
+    count = len(test.labels) // sizes[-1] * sizes[-1]  # so that groups of all sizes cover the same
+    test = Batch(test.images[:count], test.labels[:count])
+    order = jax.random.permutation(key, count)
     training_mode = {}
-    for size in (size for size in GROUPS if size <= len(test.labels)):
+    for size in sizes:
         classes = predict(state, test.images, size, train=True)
         elsewhere = predict(state, test.images[order], size, train=True)
-        there = order[: len(elsewhere)]
-        there, elsewhere = there[there < len(classes)], elsewhere[there < len(classes)]
         training_mode[size] = {
             "accuracy": accuracy(classes, test.labels),
-            "changing": int((classes[there] != elsewhere).sum()),
-            "of": len(there),
+            "changing": int((classes[order] != elsewhere).sum()),
+            "of": count,
         }
     together = predict(state, test.images, len(test.labels), train=False)
     alone = predict(state, test.images, 1, train=False)

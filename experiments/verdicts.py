@@ -13,7 +13,7 @@ from rich.table import Table
 from experiments import runs
 from experiments.claims import Check, Claim, Evidence, Verdict, interval, judge, load_claims
 from experiments.report import figures
-from experiments.report.page import data_uri, render
+from experiments.report.page import png_uri, render
 
 EVIDENCE = "evidence.json"
 
@@ -98,7 +98,7 @@ def _section(path: Path, claim: Claim, evidence: Evidence, seconds: float) -> di
         "verdict": verdict,
         "rows": rows,
         "incomparable": evidence.incomparable,
-        "figure": data_uri((path / claim.id / "figure.png").read_bytes()),
+        "figure": png_uri((path / claim.id / "figure.png").read_bytes()),
         "seconds": format_seconds(seconds),
     }
 

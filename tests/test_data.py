@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from made_up import idx
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -25,10 +26,6 @@ from bnjax.idx import read_images, read_labels
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = FILES
 HUGE = 2**32 - 1
 NOBODY = 65534
-
-
-def idx(array: np.ndarray) -> bytes:
-    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
 
 
 def write(directory: Path, contents: dict[str, bytes], zipped: tuple[str, ...] = ()) -> Path:

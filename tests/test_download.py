@@ -8,7 +8,6 @@ import http.server
 import os
 import shutil
 import socket
-import struct
 import sys
 import tempfile
 import threading
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_up import idx
 
 from bnjax import download
 from bnjax.data import FILES, SOURCES, Dataset, DataWarning, cache_directory, load
@@ -116,10 +116,6 @@ def dribbled(request: Request, content: bytes, pieces: int = 8) -> None:
     for piece in np.array_split(np.frombuffer(content, np.uint8), pieces):
         request.wfile.write(piece.tobytes())
         time.sleep(0.5)
-
-
-def idx(array: np.ndarray) -> bytes:
-    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
 
 
 @pytest.fixture

@@ -446,7 +446,7 @@ class TestRemovedRunDirectory:
 
     def test_before_the_report(self, tmp_path, hook):
         path = tmp_path / "run"
-        hook(report, "write", lambda: shutil.rmtree(path), before=True)
+        hook(report, "redraw", lambda: shutil.rmtree(path), before=True)
         assert_told(call(*new(path)), path, "", "")
 
     def test_moved_elsewhere_it_goes_on_there(self, reference, tmp_path, hook):

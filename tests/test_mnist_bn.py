@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import time
+import webbrowser
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
@@ -156,7 +157,7 @@ class TestRunDirectory:
             *("curves.png", "curves.svg", "features.png", "report.html"),
         }
         assert {file.name for file in (finished.path / "probes").iterdir()} == {
-            *("epoch-001.npz", "epoch-002.npz", "example.npz"),
+            *("end.npz", "epoch-001.npz", "epoch-002.npz", "example.npz"),
         }
 
     def test_nothing_is_left_beside_it(self, finished):
@@ -216,7 +217,16 @@ class TestRunDirectory:
     def test_probes_see_both_arms(self, finished):
         with np.load(finished.path / "probes" / "epoch-002.npz") as probes:
             shapes = {name: probes[name].shape for name in probes}
-        assert shapes == {"bn/features_1": (1, 1, 5), "no_bn/features_1": (1, 1, 5)}
+        expected = {
+            "features_1": (1, 1, 5),
+            "gradient_norms": (1, 2),
+            "percentiles": (1, 1, 5),
+            "histograms": (1, 1, 60),
+            "edges": (1, 1, 61),
+        }
+        assert shapes == {
+            f"{arm}/{name}": shape for arm in metrics.ARMS for name, shape in expected.items()
+        }
 
     def test_the_example_is_of_the_chosen_class(self, finished):
         with np.load(finished.path / "probes" / "example.npz") as example:
@@ -261,8 +271,8 @@ def page(finished) -> References:
 
 class TestReport:
     def test_needs_no_network_and_no_other_file(self, page, finished):
-        assert len(page.references) == 2
-        assert all(value.startswith("data:image/png;base64,") for value in page.references)
+        assert len(page.references) >= 7
+        assert all(value.startswith(("data:image/", "#")) for value in page.references)
         assert not {"script", "link", "iframe", "base"} & page.tags
         assert not re.search(r"@import|url\(", (finished.path / "report.html").read_text())
 
@@ -499,7 +509,7 @@ class TestMistakes:
             ("--dataset mnist --data-dir nowhere", "nowhere: no such directory"),
             ("--dataset auto --data-dir nowhere", "nowhere: no such directory"),
             ("--dataset kmnist --data-dir .", "kmnist is not here"),
-            ("--resume nowhere", "nowhere is not a run directory"),
+            ("--resume nowhere", "there is no directory nowhere"),
             ("--resume .", ". is not a run directory"),
             ("--resume", "Missing value for argument '--resume'"),
         ],
@@ -701,7 +711,8 @@ class TestDivergence:
         for mark in marks:
             assert mark["step"] > 1
             assert re.match(r"(Dense|BatchNorm)_\d+$", mark["layer"])
-            told = f"{mark['arm']}, replicate 0 diverged in step {mark['step']} of epoch 1"
+            network = metrics.LABELS[mark["arm"]]
+            told = f"{network}, replicate 0 diverged in step {mark['step']} of epoch 1"
             assert f"NOTE: {told}; not finite from {mark['layer']} on" in diverged.result.out
             assert told in References((diverged.path / "report.html").read_text()).text
         summary = json.loads((diverged.path / "summary.json").read_text())
@@ -718,7 +729,7 @@ class TestDivergence:
         ]
         for mark in marks:
             assert re.match(r"(Dense|BatchNorm)_\d+$", mark["layer"])
-        assert "bn, replicate 0 diverged in the evaluation after epoch 1; not" in result.out
+        assert "with BN, replicate 0 diverged in the evaluation after epoch 1; not" in result.out
 
     def test_marks_of_epochs_to_come_are_dropped(self, halfway, tmp_path):
         path = copy(halfway, tmp_path / "run")
@@ -789,7 +800,7 @@ class TestStopping:
         [
             (paired, "create_states", 1),
             (metrics, "append", 2),
-            (report, "write", 1),
+            (report, "redraw", 1),
         ],
         ids=lambda value: getattr(value, "__name__", value),
     )
@@ -878,3 +889,16 @@ class TestHelp:
     def test_shows_the_defaults_of_the_preset(self):
         told = plain(call("--preset", "lab10", "--help").out)
         assert re.search(r"--batch-size INT .*?\(default: 32\)", told)
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_opens_the_report_where_that_is_wanted(opened, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(webbrowser, "open", seen.append)
+    flags = ("--epochs", 1, "--out", tmp_path / "run", "--open" if opened else "--no-open")
+    assert call(*DIGITS, *SMALL, *flags).status == 0
+    assert seen == [(tmp_path / "run" / "report.html").as_uri()] * opened
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["execution"]["open"] is False
+    assert call("--resume", tmp_path / "run", *["--open"] * opened).status == 0
+    assert len(seen) == 2 * opened

@@ -132,9 +132,6 @@ class TestPresets:
         with pytest.raises(dataclasses.FrozenInstanceError):
             PRESETS[name]().epochs = 3
 
-    def test_only_deep10_draws_features(self):
-        assert [name for name in PRESETS if PRESETS[name].draws_features] == ["deep10"]
-
     @pytest.mark.parametrize(
         ("preset", "widths"),
         [

@@ -197,7 +197,9 @@ class TestMistakes:
         before = contents(settled)
         arguments = (*DIGITS, "--quick", "--replicates", 2, "--out", settled)
         assert call(REAL.id, *arguments) == 2
-        assert re.search("data was [0-9a-f]{64}, now [0-9a-f]{64}\n", capsys.readouterr().err)
+        assert re.search(
+            "data was digits [0-9a-f]{12}, now digits [0-9a-f]{12}\n", capsys.readouterr().err
+        )
         assert contents(settled) == before
 
     def test_another_kind_of_run_is_named(self, capsys, tmp_path):
@@ -300,7 +302,7 @@ class TestRealClaim:
         other, computed = fake({"0": 1.0, "1": 1.0})
         offer(REAL, other)
         assert call(*REAL_ARGUMENTS, "--out", path) == 0
-        assert "1 claims, 1 done before" in capsys.readouterr().out
+        assert "1 claim, 1 done before" in capsys.readouterr().out
         assert contents(path / REAL.id) == before
 
         assert call(other.id, REAL.id, *REAL_ARGUMENTS[1:], "--out", path) == 0

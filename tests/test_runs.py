@@ -1,6 +1,5 @@
 """What a run leaves behind and shows: files, lines on the terminal, pictures, the page."""
 
-import dataclasses
 import io
 import json
 import math
@@ -9,44 +8,14 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from made_up import config, line, make_lines
 from PIL import Image
 from rich.console import Console
 
 from bnjax import statistics
-from experiments import console, metrics, report, runs
-from experiments.presets import Boostcourse, Deep10, Lab10
+from experiments import console, metrics, runs
+from experiments.presets import Boostcourse, Lab10
 from experiments.report import figures
-
-
-def line(epoch: int, arm: str, replicate: int = 0, **changes) -> dict:
-    values = dict.fromkeys(metrics.METRICS, 0.5)
-    place = {"epoch": epoch, "arm": arm, "replicate": replicate}
-    return {**place, **values, "seconds": 0.25, **changes}
-
-
-def make_lines(epochs: int, replicates: int, seed: int = 0) -> list[dict]:
-    rng = np.random.default_rng(seed)
-    return [
-        line(
-            epoch, arm, replicate, **dict(zip(metrics.METRICS, rng.random(5).tolist(), strict=True))
-        )
-        for epoch in range(1, epochs + 1)
-        for replicate in range(replicates)
-        for arm in metrics.ARMS
-    ]
-
-
-def config(experiment, requested: str = "digits") -> dict:
-    return {
-        "experiment": dataclasses.asdict(experiment),
-        "execution": {},
-        "dataset": {"name": experiment.dataset, "requested": requested, "sha256": "0" * 64},
-        **runs.provenance(),
-        "device_kind": "abacus",
-        "device_count": 3,
-        "process_count": 1,
-        "mesh": {"replicate": 3, "data": 1},
-    }
 
 
 class TestPlace:
@@ -275,7 +244,7 @@ class TestConsole:
         [
             ("test_loss", ((-0.25, 0.125), 3, 4, 0.625), ("-0.2500 to +0.1250", "3 of 4", "0.62")),
             ("test_accuracy", ((0.01, 0.02), 8, 8, 0.0078), ("+1.00 to +2.00", "8 of 8", "0.0078")),
-            ("test_loss", (None, 0, 1, None), ("none", "0 of 1", "none")),
+            ("test_loss", (None, 1, 1, 1.0), ("-", "1 of 1", "-")),
         ],
     )
     def test_format_certainty(self, metric, difference, told):
@@ -327,7 +296,7 @@ def render(print_to, terminal: bool = False) -> str:
 
 def show(experiment, lines, bar: bool = False, terminal: bool = False) -> str:
     def print_to(to: Console) -> None:
-        with console.EpochLines(to, experiment, 0, bar) as epoch_lines:
+        with console.EpochLines(to, experiment, 0, bar, 1000) as epoch_lines:
             epoch_lines.add(lines)
 
     return render(print_to, terminal)
@@ -414,56 +383,6 @@ class TestFigures:
                 assert np.isnan(drawn.ravel()[size:]).all()
         with Image.open(io.BytesIO(figures.to_png(figure))) as png:
             assert png.format == "PNG"
-
-
-class TestReport:
-    @pytest.fixture
-    def write(self, tmp_path):
-        """Writes the page of a run whose directory holds no more than the report needs."""
-
-        def write(experiment, replicates: int = 1, requested: str = "digits") -> str:
-            runs.create(tmp_path / "run", config(experiment, requested))
-            lines = make_lines(experiment.epochs, replicates)
-            metrics.append(tmp_path / "run", lines)
-            report.write(tmp_path / "run", metrics.summarize(lines))
-            return " ".join((tmp_path / "run" / "report.html").read_text().split())
-
-        return write
-
-    def test_without_features(self, write, tmp_path):
-        page = write(Boostcourse(epochs=2))
-        assert not (tmp_path / "run" / "features.png").exists()
-        assert page.count("<img") == 1
-
-    def test_with_features(self, write, tmp_path):
-        probes = {f"{arm}/features_1": np.ones((1, 1, 7), np.float32) for arm in metrics.ARMS}
-        example = {"image": np.zeros((28, 28), np.uint8), "label": np.int32(6)}
-        runs.create(tmp_path / "run", config(Deep10(epochs=1, hidden_sizes=(7,))))
-        runs.write_arrays(tmp_path / "run" / "probes" / "epoch-001.npz", probes)
-        runs.write_arrays(tmp_path / "run" / "probes" / "example.npz", example)
-        metrics.append(tmp_path / "run", make_lines(1, 1))
-        report.write(tmp_path / "run", metrics.summarize(make_lines(1, 1)))
-        assert (tmp_path / "run" / "features.png").read_bytes().startswith(b"\x89PNG")
-        assert (tmp_path / "run" / "report.html").read_text().count("<img") == 2
-
-    @pytest.mark.parametrize(
-        ("dataset", "requested", "said"),
-        [("digits", "auto", True), ("digits", "digits", False), ("mnist", "auto", False)],
-    )
-    def test_says_when_digits_took_the_place_of_mnist(self, write, dataset, requested, said):
-        page = write(Lab10(epochs=1, dataset=dataset), requested=requested)
-        assert ("MNIST could not be had" in page) == said
-
-    @pytest.mark.parametrize("replicates", [1, 3])
-    def test_says_what_the_spread_is(self, write, replicates):
-        page = write(Lab10(epochs=2), replicates)
-        assert ("One replicate: no interval" in page) == (replicates == 1)
-        assert ("Lines are means of 3 replicates" in page) == (replicates == 3)
-        assert ("±" in page) == (replicates == 3)
-
-    def test_escapes_what_it_shows(self, write, tmp_path):
-        page = write(Lab10(epochs=1, bn_init="normal(0.05)"))
-        assert "--bn-init &#39;normal(0.05)&#39;" in page
 
 
 def test_a_diverged_replicate_counts_in_no_metric():

@@ -1,162 +1,147 @@
-"""Grids of settings: every cell is the run that it would be alone."""
+"""A grid of paired runs."""
 
-import math
-from typing import NamedTuple
+import json
 
-import chex
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from bnjax import distributed, initializers, models, paired
-from bnjax.paired import Arm, Epoch, Lane
-from bnjax.training import Batch, Metrics
-from experiments.sweep import Cell, accuracy, by_cell, epochs_of, networks, train_grid
+from experiments import sweep
+from experiments.presets import Boostcourse
+from experiments.report import heat
+from experiments.sweep import Cell, Settings
 
-REPLICATES, BATCH, WIDTH = 2, 8, 40
-
-
-def he(fan_in: int, fan_out: int) -> float:
-    return math.sqrt(2 / fan_in)
+GRID = "--dataset", "digits", "--epochs", "2", "--replicates", "2", "--learning-rate"
 
 
-def xavier(fan_in: int, fan_out: int) -> float:
-    return math.sqrt(2 / (fan_in + fan_out))
+def test_cells_that_differ_in_the_rate_alone_are_together(tmp_path):
+    settings = Settings(tmp_path, (0.1, 0.01), (32, 64, 128), ("relu", "tanh"))
+    groups = settings.groups()
+    assert len(groups) == 6
+    for group in groups:
+        assert [one.learning_rate for one in group] == [0.1, 0.01]
+        assert len({(one.activation, one.batch_size) for one in group}) == 1
+    assert Settings(tmp_path).groups()[0][0].batch_size == Boostcourse().batch_size
 
 
-CELLS = (Cell(0.1, he), Cell(0.5, xavier), Cell(0.1, xavier))
-
-
-def examples(count=40, seed=0) -> Batch:
-    rng = np.random.default_rng(seed)
-    images = rng.integers(0, 256, (count, 4, 4)).astype(np.uint8)
-    return Batch(images, rng.integers(0, 10, count).astype(np.int32))
-
-
-TRAIN, TEST = examples(), examples(16, seed=1)
-
-
-def keys() -> jax.Array:
-    return paired.replicate_keys(0, REPLICATES)
-
-
-class Run(NamedTuple):
-    """The initial states and two epochs; the states of the first epoch are gone."""
-
-    initial: paired.States
-    epochs: tuple[Epoch, Epoch]
-
-
-def grid(cells) -> Run:
-    initial = {}
-    first, last = train_grid(
-        cells,
-        keys(),
-        TRAIN,
-        TEST,
-        epochs=2,
-        batch_size=BATCH,
-        at_start=lambda states: initial.update(jax.tree.map(np.array, states)),
-        hidden_sizes=(WIDTH,),
-    )
-    return Run(initial, (first, last))
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"learning_rate": (0.1, 0.1)}, "learning_rate has a value twice"),
+        ({"learning_rate": (-1.0,)}, "learning_rate"),
+        ({"activation": ("rleu",)}, "did you mean 'relu'"),
+        ({"batch_size": (0,)}, "batch_size"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"preset": "lab11"}, "did you mean 'lab10'"),
+    ],
+)
+def test_mistakes(tmp_path, changes, told):
+    with pytest.raises(ValueError, match=told):
+        Settings(tmp_path, **changes)
 
 
 @pytest.fixture(scope="module")
-def trained() -> Run:
-    return grid(CELLS)
+def swept(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sweep") / "out"
+    assert sweep.main([*GRID, "0.0001", "0.01", "--out", str(path)]) == 0
+    return path
 
 
-def of_cell(tree, number):
-    return jax.tree.map(lambda a: by_cell(np.asarray(a), CELLS)[number], tree)
-
-
-def test_a_cell_is_bitwise_what_it_is_alone(trained):
-    alone = grid(CELLS[1:2])
-
-    def trains(run):
-        states = {arm: (s.params, s.batch_stats) for arm, s in run.epochs[-1].states.items()}
-        return jax.tree.map(np.asarray, (states, [epoch.steps for epoch in run.epochs]))
-
-    def evaluates(run):
-        return jax.tree.map(np.asarray, [(epoch.train, epoch.test) for epoch in run.epochs])
-
-    chex.assert_trees_all_equal(of_cell(trains(trained), 1), trains(alone))
-    # A device with a single replicate may sum the losses of an evaluation in another order.
-    chex.assert_trees_all_close(of_cell(evaluates(trained), 1), evaluates(alone), rtol=1e-6)
-
-
-def scaled(state, std):
-    """Standard normal kernels scaled by layer and no Dense biases, of R replicates."""
-    params = {name: dict(values) for name, values in state.params.items()}
-    for name in ("Dense_0", "Dense_1"):
-        kernel = params[name]["kernel"]
-        params[name]["kernel"] = kernel * np.float32(std(*kernel.shape[1:]))
-        params[name]["bias"] = 0 * params[name]["bias"]
-    return state.replace(params=params)
-
-
-def test_a_cell_is_plain_sgd_from_scaled_normal_kernels(trained):
-    normal, rate = initializers.normal(1.0), CELLS[1].learning_rate
-    arms = [
-        Arm(name, models.MLP((WIDTH,), 10, use, kernel_init=normal), optax.sgd(rate))
-        for name, use in (("bn", True), ("no_bn", False))
+def cells_of(path):
+    return [
+        Cell(**{k: one[k] for k in Cell._fields})
+        for one in json.loads((path / "sweep.json").read_text())["cells"]
     ]
-    lanes = [Lane((arm,), distributed.make_mesh()) for arm in arms]
-    states = paired.create_states(lanes, keys(), TRAIN.images[:2])
-    states = {name: scaled(state, CELLS[1].std) for name, state in states.items()}
-    plain = paired.run(lanes, states, keys(), TRAIN, TEST, epochs=range(1, 3), batch_size=BATCH)
-    for found, expected in zip(trained.epochs, plain, strict=True):
-        for arm in ("bn", "no_bn"):
-            for part in ("steps", "train", "test"):
-                mine, other = (getattr(epoch, part)[arm].loss for epoch in (found, expected))
-                np.testing.assert_allclose(of_cell(mine, 1), other, rtol=1e-5)
 
 
-@pytest.mark.parametrize("number", [0, 1])
-@pytest.mark.parametrize("arm", ["bn", "no_bn"])
-def test_initial_kernels_have_the_deviation_of_their_shape(trained, arm, number):
-    params = of_cell(trained.initial[arm].params, number)
-    for layer, sizes in (("Dense_0", (16, WIDTH)), ("Dense_1", (WIDTH, 10))):
-        kernel = params[layer]["kernel"]
-        assert kernel.shape == (REPLICATES, *sizes)
-        four_errors = 4 / math.sqrt(2 * kernel.size)
-        assert kernel.std() == pytest.approx(CELLS[number].std(*sizes), rel=four_errors)
-        assert (kernel[0] != kernel[1]).all()
-        assert not params[layer]["bias"].any()
-    if arm == "bn":
-        assert (params["BatchNorm_0"]["scale"] == 1).all()
-        assert not params["BatchNorm_0"]["bias"].any()
+def test_leaves_a_page_a_picture_and_numbers(swept):
+    assert {file.name for file in swept.iterdir()} == {
+        *("config.json", "cells", "sweep.html", "sweep.svg", "sweep.json"),
+    }
+    assert [cell.learning_rate for cell in cells_of(swept)] == [0.0001, 0.01]
+    page = (swept / "sweep.html").read_text()
+    assert page.count("<tr>") > 2
+    assert "points" in page
 
 
-@pytest.mark.parametrize("arm", ["bn", "no_bn"])
-def test_cells_that_differ_in_their_rate_start_alike_and_part(trained, arm):
-    losses = by_cell(np.asarray(trained.epochs[0].steps[arm].loss), CELLS)  # [C, R, steps]
-    np.testing.assert_array_equal(losses[1, :, 0], losses[2, :, 0])
-    assert (losses[1, :, 1:] != losses[2, :, 1:]).all()
-    assert (losses[0, :, 0] != losses[1, :, 0]).all()  # another initialization
+def test_a_cell_does_not_depend_on_the_others(swept, tmp_path):
+    """Bitwise: replicates of a CPU are trained one after the other."""
+    path = tmp_path / "out"
+    assert sweep.main([*GRID, "0.01", "--out", str(path)]) == 0
+    (alone,) = cells_of(path)
+    assert alone == cells_of(swept)[1]
 
 
-def test_by_cell_unfolds_cells_before_replicates():
-    values = np.arange(len(CELLS) * 3 * 2).reshape(-1, 2)
-    unfolded = by_cell(values, CELLS)
-    assert unfolded.shape == (len(CELLS), 3, 2)
-    np.testing.assert_array_equal(unfolded[1], values[3:6])
+def test_goes_on_where_it_stopped(swept, monkeypatch):
+    before = (swept / "sweep.json").read_bytes()
+    (swept / "sweep.json").unlink()
+    monkeypatch.setattr(sweep, "train", None)
+    assert sweep.main([*GRID, "0.0001", "0.01", "--out", str(swept)]) == 0
+    assert (swept / "sweep.json").read_bytes() == before
 
 
-def test_accuracy_counts_in_percent():
-    metrics = Metrics(jnp.zeros(3), jnp.array([0, 3, 16]), jnp.array([16, 16, 16]))
-    found = accuracy(Epoch(1, {}, {}, {}, {"bn": metrics}, 0.0))
-    assert found["bn"].tolist() == [0.0, 18.75, 100.0]
+def test_other_settings_are_refused(swept, capsys):
+    assert sweep.main([*GRID, "0.0001", "--out", str(swept)]) == 2
+    assert "holds results with other settings: learning_rate was" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("steps", "epochs"), [(1, 1), (15, 3), (17, 3), (18, 4), (1000, 200)])
-def test_epochs_come_nearest_to_the_steps(steps, epochs):
-    assert epochs_of(steps, BATCH, TRAIN) == epochs  # of five steps
+def test_maps_show_every_cell():
+    def cell(activation, size, rate, with_bn, without):
+        accuracies = {"bn": with_bn, "no_bn": without}
+        values = {arm: {"test_accuracy": of_arm} for arm, of_arm in accuracies.items()}
+        return Cell(activation, size, rate, values)
+
+    nan = float("nan")
+    cells = [
+        cell(activation, size, rate, *accuracies)
+        for activation in ("relu", "tanh")
+        for size in (32, 64)
+        for rate, accuracies in ((0.1, ([0.5, 0.6], [nan, nan])), (0.01, ([0.5], [0.25])))
+    ]
+    figure = heat.maps([(one, sweep.weigh(one)) for one in cells])
+    for axes in figure.axes[:2]:
+        drawn = axes.images[0]
+        np.testing.assert_array_equal(np.ma.filled(drawn.get_array(), np.nan), [[25, np.nan]] * 2)
+        told = [text.get_text() for text in axes.texts]
+        assert told == ["+25.0", "without\nBN\ndiverged"] * 2
+        red, _, blue, _ = drawn.to_rgba(np.array([25.0]))[0]
+        assert blue > red, "blue where batch normalization is better"
 
 
-def test_networks_are_twins():
-    twins = networks(hidden_sizes=(7,))
-    assert twins["bn"] == twins["no_bn"].clone(use_batch_norm=True) != twins["no_bn"]
+@pytest.mark.parametrize(
+    ("with_bn", "without", "told"),
+    [
+        ([0.5, 0.75], [0.25, 0.25], "+37.50 ± 17.68 points"),
+        ([0.5, 0.75], [None, 0.25], "+50.00 points"),
+        ([0.5], [None], "without BN diverged"),
+        ([None], [0.5], "with BN diverged"),
+        ([None], [None], "both diverged"),
+        ([None, 0.5], [0.5, None], "both diverged"),
+    ],
+)
+def test_what_a_cell_says(with_bn, without, told):
+    accuracies = {"bn": with_bn, "no_bn": without}
+    values = {arm: {"test_accuracy": of_arm} for arm, of_arm in accuracies.items()}
+    cell = Cell("relu", 32, 0.1, sweep.runs.nan_for_null(values))
+    assert sweep.weigh(cell).told == told
+
+
+@pytest.mark.parametrize(
+    "content", [{"cells": [{"x": 1}]}, {"cells": []}, {"cells": "abc"}, {"cells": [3]}]
+)
+def test_cells_that_are_not_of_this_sweep(swept, capsys, content):
+    file = swept / "cells" / "relu-100.json"
+    before = file.read_bytes()
+    file.write_text(json.dumps(content))
+    try:
+        assert sweep.main([*GRID, "0.0001", "0.01", "--out", str(swept)]) == 2
+        assert "is not what this sweep wrote" in capsys.readouterr().err
+    finally:
+        file.write_bytes(before)
+
+
+def test_is_refused_while_another_sweep_has_the_directory(swept, capsys):
+    before = (swept / "config.json").read_bytes()
+    with sweep.runs.locked(swept):
+        assert sweep.main([*GRID, "0.0001", "0.01", "--out", str(swept)]) == 2
+    assert "is in use by another process" in capsys.readouterr().err
+    assert (swept / "config.json").read_bytes() == before

@@ -10,8 +10,8 @@ from bnjax import models, paired
 from bnjax.layers import BatchNorm
 from bnjax.paired import Arm
 from experiments.claims import Check, Claim, Evidence, Settings, measured
+from experiments.grids import accuracy, take, train
 from experiments.report import figures
-from experiments.sweep import accuracy, take, train
 
 SIZES = (2, 4, 8, 16, 32)
 LARGEST = SIZES[-1]

@@ -5,8 +5,8 @@ from matplotlib.figure import Figure
 
 from bnjax import paired
 from experiments.claims import Check, Claim, Evidence, Settings, measured
+from experiments.grids import Cell, accuracy, by_cell, epochs_of, he_std, take, train_grid
 from experiments.report import figures
-from experiments.sweep import Cell, accuracy, by_cell, epochs_of, he_std, take, train_grid
 
 DEPTHS = (5, 10, 20, 40)
 RATES = (0.001, 0.01, 0.1)

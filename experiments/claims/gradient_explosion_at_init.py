@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from bnjax import diagnostics, initializers, models, paired
 from experiments.claims import Check, Claim, Evidence, Settings, around, measured
+from experiments.grids import take
 from experiments.report import figures
-from experiments.sweep import take
 
 DEPTH, WIDTH = 30, 1000
 LAYERS = slice(4, 26)  # the fifth to the 26th

@@ -4,8 +4,8 @@ from matplotlib.figure import Figure
 
 from bnjax import models, paired
 from experiments.claims import Check, Claim, Evidence, Settings, around, measured
+from experiments.grids import ACTIVATION_NAMES, Cell, accuracy, epochs_of, train_grid
 from experiments.report import figures
-from experiments.sweep import ACTIVATION_NAMES, Cell, accuracy, epochs_of, train_grid
 
 STEPS, BATCH, STD = 50_000, 60, 0.05
 ARMS = {"no_bn": "without BN", "bn": "with BN"}

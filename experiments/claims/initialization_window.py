@@ -5,8 +5,8 @@ from matplotlib.figure import Figure
 
 from bnjax import paired
 from experiments.claims import Check, Claim, Evidence, Settings, measured
+from experiments.grids import Cell, by_cell, take, train_grid
 from experiments.report import figures
-from experiments.sweep import Cell, by_cell, take, train_grid
 
 SCALES = np.logspace(0, -4, 16)
 EXAMPLES, EPOCHS = 1000, 20

@@ -9,11 +9,11 @@ from matplotlib.figure import Figure
 from bnjax import paired, training
 from bnjax.training import Batch, Metrics, TrainState
 from experiments.claims import Check, Claim, Evidence, Settings, measured
+from experiments.grids import take, train
 from experiments.mnist_bn import metric_lines
 from experiments.plan import make_arms
 from experiments.presets import Lab10
 from experiments.report import figures
-from experiments.sweep import take, train
 
 PRESET = Lab10()
 ARMS = make_arms(PRESET)

@@ -15,8 +15,8 @@ from bnjax import diagnostics, initializers, models, paired
 from bnjax.paired import Arm
 from bnjax.training import Batch
 from experiments.claims import Check, Claim, Evidence, Settings, measured
+from experiments.grids import accuracy, take, train
 from experiments.report import figures
-from experiments.sweep import accuracy, take, train
 
 RATE, BATCH, EXAMPLES = 0.1, 100, 10_000
 STEP_SIZES = tuple(float(size) for size in RATE * np.linspace(0.5, 4, 8))

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from bnjax import diagnostics, models, paired
 from bnjax.training import Batch
 from experiments.claims import Check, Claim, Evidence, Settings, measured
+from experiments.grids import Cell, accuracy, epochs_of, networks, take, train_grid
 from experiments.report import figures
-from experiments.sweep import Cell, accuracy, epochs_of, networks, take, train_grid
 
 STEPS, BATCH, RATE, STD = 50_000, 60, 0.1, 0.1
 FIELDS: dict[str, Any] = {"hidden_sizes": (100,) * 3, "activation": models.activation("sigmoid")}

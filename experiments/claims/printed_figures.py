@@ -8,11 +8,11 @@ from matplotlib.figure import Figure
 
 from bnjax import paired
 from experiments.claims import Claim, Evidence, Settings, interval, measured, predicted
+from experiments.grids import train
 from experiments.mnist_bn import metric_lines
 from experiments.plan import make_arms
 from experiments.presets import Boostcourse, Deep10, Experiment
 from experiments.report import figures
-from experiments.sweep import train
 
 _PRINTED = {  # training cost of each epoch, as printed
     "bn": "1.206316 .196750 .143228 .114739 .098050 .086919 .079303 .072444 .068416 .061566 "

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from bnjax import diagnostics, paired
 from bnjax.training import Batch, TrainState
 from experiments.claims import Check, Claim, Evidence, Settings, measured
+from experiments.grids import take, train, unstack
 from experiments.plan import make_arms
 from experiments.presets import Lab10
 from experiments.report import figures
-from experiments.sweep import take, train, unstack
 from experiments.train_eval_mode import accuracy, predict
 
 PRESET = Lab10()

@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from bnjax import diagnostics, models, paired
 from bnjax.training import Batch
 from experiments.claims import Check, Claim, Evidence, Settings, measured
-from experiments.report import figures
-from experiments.sweep import (
+from experiments.grids import (
     ACTIVATION_NAMES,
     Cell,
     accuracy,
@@ -24,6 +23,7 @@ from experiments.sweep import (
     take,
     train_grid,
 )
+from experiments.report import figures
 
 DEPTH, WIDTH = 10, 64
 INITS = {

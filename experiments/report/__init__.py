@@ -1,5 +1,8 @@
-"""Pictures and a page, drawn from the files of a run directory alone."""
+"""Pictures and a page, drawn from the files of a run directory alone.
 
-from experiments.report.page import write
+python -m experiments.report RUN
+"""
 
-__all__ = ["write"]
+from experiments.report.run import redraw
+
+__all__ = ["redraw"]

@@ -2,25 +2,29 @@
 
 import io
 import math
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
 from bnjax.statistics import summarize
-from experiments.metrics import ARMS
+from experiments.metrics import ARMS, LABELS
 
-LABELS = {"bn": "with BN", "no_bn": "without BN"}
+Probes = Mapping[str, np.ndarray]
+
 STYLES: dict[str, dict[str, Any]] = {
     "bn": {"color": "#0b5394", "linestyle": "-", "marker": "o"},
     "no_bn": {"color": "#d9662b", "linestyle": "--", "marker": "s"},
 }
+NO_UNIT = colormaps["gray"].with_extremes(bad="#9fc5e8")
 PANELS = (
     ("train_cost", "Training cost", "mean batch loss in nats, log scale"),
     ("test_loss", "Test loss", "mean cross entropy in nats, log scale"),
@@ -37,7 +41,7 @@ def panels(
     for axes, title in zip(row, titles, strict=True):
         axes.set_title(title, loc="left", fontweight="bold")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return figure, row
 
 
@@ -48,13 +52,46 @@ def curves(by_arm: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
         by_arm: `{arm: {metric: [epochs, replicates]}}`. Several replicates are drawn as their
             mean within its 95 % confidence interval.
     """
+    figure = _draw_curves([(by_arm[arm], arm, {}) for arm in ARMS])
+    for axes in figure.axes:
+        axes.legend(frameon=False)
+    return figure
+
+
+def overlay(runs: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]) -> Figure:
+    """The same curves of several runs, each in its colour; solid with BN, dashed without.
+
+    Args:
+        runs: `{name: {arm: {metric: [epochs, replicates]}}}`.
+    """
+    lines = [
+        (by_arm[arm], arm, {"color": f"C{k % 10}", "label": f"{_shorten(name)}, {LABELS[arm]}"})
+        for k, (name, by_arm) in enumerate(runs.items())
+        for arm in ARMS
+    ]
+    figure = _draw_curves(lines)
+    shown = figure.axes[0].get_legend_handles_labels()
+    figure.set_figheight(4 + 0.25 * len(runs))
+    figure.legend(*shown, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _shorten(name: str, most: int = 40) -> str:
+    shown = name.encode(errors="replace").decode()
+    shown = shown if len(shown) <= most else f"…{shown[1 - most :]}"
+    return shown.replace("$", r"\$")  # which would begin a formula
+
+
+def _draw_curves(
+    lines: Sequence[tuple[Mapping[str, np.ndarray], str, Mapping[str, Any]]],
+) -> Figure:
     figure, row = panels([title for _, title, _ in PANELS], width=4, height=4)
     for axes, (metric, _, unit) in zip(row, PANELS, strict=True):
         scale = 100 if metric.endswith("accuracy") else 1
-        for arm in ARMS:
-            values = scale * by_arm[arm][metric].T
-            draw_band(axes, arm, np.arange(1, values.shape[1] + 1), values)
-        if scale == 1 and any((by_arm[arm][metric] > 0).any() for arm in ARMS):
+        for by_metric, arm, style in lines:
+            values = scale * by_metric[metric].T
+            draw_band(axes, arm, np.arange(1, values.shape[1] + 1), values, **style)
+        if scale == 1 and any((by_metric[metric] > 0).any() for by_metric, *_ in lines):
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
@@ -62,7 +99,6 @@ def curves(by_arm: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
         axes.set_xlabel("epoch")
         axes.set_ylabel(unit)
         axes.grid(alpha=0.25, which="both", linewidth=0.5)
-        axes.legend(frameon=False)
     return figure
 
 
@@ -90,31 +126,32 @@ def draw_band(axes: Axes, arm: str, x: ArrayLike, values: ArrayLike, **style: An
         axes.fill_between(x, *bounds.T, color=style["color"], alpha=0.2, linewidth=0)
 
 
-def features(image: np.ndarray, label: int, probes: Mapping[str, np.ndarray]) -> Figure:
+def features(image: np.ndarray, label: int, probes: Probes, replicate: int = 0) -> Figure:
     """What leaves each hidden layer for one test example, with and without normalization.
 
     Args:
         image: `[28, 28]` the example.
         label: its class.
-        probes: `{arm/features_k: [R, 1, H]}`; the first replicate is drawn, H values as a square.
+        probes: `{arm/features_k: [R, 1, H]}`.
+        replicate: which one is drawn, its H values as a square.
     """
     layers = sum(name.startswith(f"{ARMS[0]}/features_") for name in probes)
-    figure = Figure(figsize=(1.25 * (layers + 1), 3.6), layout="constrained")
+    figure = Figure(figsize=(max(5.0, 1.25 * (layers + 1)), 3.6), layout="constrained")
     grid = figure.subplots(len(ARMS), layers + 1, squeeze=False)
     for row, arm in zip(grid, ARMS, strict=True):
         row[0].imshow(image, cmap="gray")
         row[0].set_title("input", fontsize=9)
         row[0].set_ylabel(LABELS[arm], fontsize=11, fontweight="bold")
         for number, axes in enumerate(row[1:], start=1):
-            values = probes[f"{arm}/features_{number}"][0, 0]
-            axes.imshow(_as_square(values), cmap="gray")
+            values = probes[f"{arm}/features_{number}"][replicate, 0]
+            axes.imshow(_as_square(values), cmap=NO_UNIT)
             axes.set_title(f"layer {number}", fontsize=9)
             zeros = np.count_nonzero(values == 0)
             axes.set_xlabel(f"max {values.max():.3g}\n{zeros} of {len(values)} zero", fontsize=7)
     for axes in grid.flat:
         axes.set_xticks([])
         axes.set_yticks([])
-    figure.suptitle(f"Activations of a test example of class {label}, each layer on its own scale")
+    figure.suptitle(f"A test example of class {label}, each layer on its own scale", fontsize=10)
     return figure
 
 
@@ -151,7 +188,7 @@ def train_eval_mode(numbers: Mapping[str, Any]) -> Figure:
         axes.set_xticks(range(10))
         axes.set_xlabel("predicted class")
         axes.set_ylabel("predictions")
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     sizes = [str(size) for size in groups["training"]]
     accuracies = [100 * group["accuracy"] for group in groups["training"].values()]
     labels, values = ["1, twice", *sizes], [100 * alone["accuracy"], *accuracies]
@@ -216,6 +253,13 @@ def to_svg(figure: Figure) -> bytes:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an `.npz` file."""
-    with np.load(path, allow_pickle=False) as file:
-        return dict(file)
+    """The arrays of an `.npz` file.
+
+    Raises:
+        ValueError: if it is none, or damaged.
+    """
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            return dict(file)
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): nothing can be drawn from it") from None

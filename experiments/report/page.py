@@ -1,50 +1,27 @@
-"""The page of a run: one HTML file with everything inside."""
+"""Pages: one HTML file each, with everything inside."""
 
 import base64
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 
-from experiments import divergences, metrics, options, runs
-from experiments.console import ONE_REPLICATE, TITLES, format_certainty, format_summary
-from experiments.presets import Experiment
-from experiments.report import figures
 
+class Picture(NamedTuple):
+    """A picture in a page.
 
-def write(path: Path, summary: Mapping[str, Any]) -> None:
-    """Draws the pictures of a run and writes `report.html`.
-
-    Args:
-        path: a run directory with `config.json`, `metrics.jsonl` and `probes`.
-        summary: from `metrics.summarize`.
+    Attributes:
+        title: of its section.
+        uri: the picture itself.
+        alt: what it shows, for those who do not see it.
+        caption: how to read it.
+        dark: whether it is a drawing on white that a dark page may invert.
     """
-    config = runs.read_config(path)
-    experiment = Experiment.load(config["experiment"])
-    data_dir = config["execution"].get("data_dir")
-    curves = figures.curves(metrics.curves(metrics.read(path)))
-    curves_png = figures.to_png(curves)
-    runs.write_bytes(path / "curves.png", curves_png)
-    runs.write_bytes(path / "curves.svg", figures.to_svg(curves))
-    features_png = _draw_features(path, experiment) if experiment.draws_features else None
 
-    html = render(
-        "page.html.j2",
-        arms=metrics.ARMS,
-        command=options.command(experiment) + " --data-dir DIR" * bool(data_dir),
-        config=config,
-        curves=data_uri(curves_png),
-        experiment=experiment,
-        features=features_png and data_uri(features_png),
-        certainty=format_certainty,
-        divergences=[divergences.describe(mark) for mark in divergences.read(path)],
-        format=format_summary,
-        one_replicate=ONE_REPLICATE,
-        summary=summary,
-        titles=TITLES,
-    )
-    runs.write_bytes(path / "report.html", html.encode(errors="replace"))
+    title: str
+    uri: str
+    alt: str
+    caption: str
+    dark: bool = True
 
 
 def render(template: str, **values: Any) -> str:
@@ -59,14 +36,11 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
-def _draw_features(path: Path, experiment: Experiment) -> bytes:
-    example = figures.read_arrays(path / "probes" / "example.npz")
-    probes = figures.read_arrays(path / "probes" / f"epoch-{experiment.epochs:03}.npz")
-    png = figures.to_png(figures.features(example["image"], int(example["label"]), probes))
-    runs.write_bytes(path / "features.png", png)
-    return png
-
-
-def data_uri(png: bytes) -> str:
+def png_uri(png: bytes) -> str:
     """A picture as it stands in a page."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def svg_uri(svg: bytes) -> str:
+    """A drawing as it stands in a page; it stays sharp on a projector."""
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()

@@ -1,0 +1,168 @@
+"""Training for the claims: arms from scratch, and grids of settings that differ in numbers."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+
+from bnjax import initializers, models, paired
+from bnjax.paired import Arm, Epoch, States
+from bnjax.training import Batch, TrainState
+from experiments import devices
+
+ACTIVATION_NAMES = {"relu": "ReLU", "sigmoid": "sigmoid", "tanh": "tanh"}
+UNIT_NORMAL = initializers.normal(1.0)
+SGD = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)
+
+
+class Cell(NamedTuple):
+    """One setting of a grid.
+
+    Attributes:
+        learning_rate: of plain SGD.
+        std: `(fan_in, fan_out) -> ` standard deviation of a kernel's normal initial values.
+    """
+
+    learning_rate: float
+    std: Callable[[int, int], float]
+
+
+def he_std(fan_in: int, fan_out: int) -> float:
+    """Of `bnjax.initializers.he_normal`, for a `Cell`."""
+    return math.sqrt(2 / fan_in)
+
+
+def train(
+    arms: Sequence[Arm],
+    keys: Array,
+    examples: Batch,
+    test: Batch,
+    *,
+    epochs: int,
+    batch_size: int,
+    drop_last: bool = True,
+    change: Callable[[States], States] = lambda states: states,
+) -> Iterator[Epoch]:
+    """Trains arms from scratch, as `bnjax.paired.run`, on all devices.
+
+    Args:
+        arms: what to train.
+        keys: `[R]`, one for each replicate.
+        examples: the training set.
+        test: the test set.
+        epochs: times through the training set.
+        batch_size: examples per step; all of them where there are fewer.
+        drop_last: leave out what does not fill a batch.
+        change: what to do to the initial states.
+    """
+    lanes = devices.make_lanes(tuple(arms), "auto", len(keys))
+    states = change(paired.create_states(lanes, keys, examples.images[:2]))
+    return paired.run(
+        lanes,
+        states,
+        keys,
+        examples,
+        test,
+        epochs=range(1, epochs + 1),
+        batch_size=min(batch_size, len(examples.labels)),
+        drop_last=drop_last,
+    )
+
+
+def train_grid(
+    cells: Sequence[Cell],
+    keys: Array,
+    examples: Batch,
+    test: Batch,
+    *,
+    epochs: int,
+    batch_size: int,
+    at_start: Callable[[States], None] = lambda states: None,
+    **fields: object,
+) -> Iterator[Epoch]:
+    """An MLP with batch normalization and its twin without, trained by SGD in every cell.
+
+    All cells share the keys: they differ in their numbers alone. Initial biases are 0.
+
+    Args:
+        cells: C settings.
+        keys: `[R]`.
+        examples, test, epochs, batch_size: as in `train`.
+        at_start: sees the initial states, which the first epoch is given for its own.
+        fields: of the `MLP`.
+
+    Yields:
+        Epochs whose leading axis, of length C R, `by_cell` unfolds.
+    """
+    drawn = networks(kernel_init=UNIT_NORMAL, **fields)
+    arms = [Arm(name, module, SGD) for name, module in drawn.items()]
+
+    def change(states: States) -> States:
+        changed = {name: _change(state, cells, len(keys)) for name, state in states.items()}
+        at_start(changed)
+        return changed
+
+    return train(
+        arms,
+        jnp.tile(keys, len(cells)),
+        examples,
+        test,
+        epochs=epochs,
+        batch_size=batch_size,
+        change=change,
+    )
+
+
+def _change(state: TrainState, cells: Sequence[Cell], replicates: int) -> TrainState:
+    params = flatten_dict(state.params)
+    for path, value in params.items():
+        if path[-1] == "kernel":
+            stds = np.repeat([cell.std(*value.shape[1:]) for cell in cells], replicates)
+            params[path] = value * stds.astype(value.dtype)[:, None, None]
+        elif path[-2].startswith("Dense"):
+            params[path] = jnp.zeros_like(value)
+    rates = jnp.repeat(jnp.asarray([c.learning_rate for c in cells], jnp.float32), replicates)
+    opt_state = state.opt_state._replace(hyperparams={"learning_rate": rates})
+    return state.replace(params=unflatten_dict(params), opt_state=opt_state)
+
+
+def by_cell(values: np.ndarray, cells: Sequence[Cell]) -> np.ndarray:
+    """`[C R, ...]` as `[C, R, ...]`."""
+    return values.reshape(len(cells), -1, *values.shape[1:])
+
+
+def accuracy(epoch: Epoch) -> dict[str, np.ndarray]:
+    """Test accuracy of each arm after an epoch, `[R]`, in percent."""
+    return {
+        arm: 100 * np.asarray(metrics.correct, np.float64) / np.asarray(metrics.examples)
+        for arm, metrics in epoch.test.items()
+    }
+
+
+def networks(**fields: object) -> dict[str, models.MLP]:
+    """An MLP with batch normalization and its twin without."""
+    return {
+        "bn": models.MLP(use_batch_norm=True, **fields),  # type: ignore[arg-type]
+        "no_bn": models.MLP(use_batch_norm=False, **fields),  # type: ignore[arg-type]
+    }
+
+
+def epochs_of(steps: int, batch_size: int, examples: Batch) -> int:
+    """Epochs that come nearest to so many steps, at least one."""
+    return max(1, round(steps * batch_size / len(examples.labels)))
+
+
+def unstack(state: TrainState) -> list[TrainState]:
+    """The replicates of an arm's state, one by one."""
+    return [jax.tree.map(lambda a, k=k: a[k], state) for k in range(np.size(state.step))]
+
+
+def take(batch: Batch, count: int) -> Batch:
+    """The first examples of a set."""
+    return Batch(batch.images[:count], batch.labels[:count])

@@ -1,0 +1,47 @@
+"""Draws the report of a run again, from its files alone: after an update, or of a copy."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from jinja2 import UndefinedError
+from rich.console import Console
+
+from experiments import endings, report, runs
+from experiments.console import print_plain
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is drawn."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Directory of a run that has ended."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status."""
+    prog = "python -m experiments.report"
+    settings = tyro.cli(Settings, args=arguments, prog=prog, description=__doc__)
+
+    def command(check: Callable[[], None]) -> int:
+        with endings.mistakes():
+            path = runs.expand(settings.run)
+            try:
+                report.redraw(path)
+            except (KeyError, UndefinedError) as error:
+                raise ValueError(
+                    f"the files of {path} lack {error}: another version saved them, or they are "
+                    "damaged"
+                ) from error
+        print_plain(Console(), f"report: {path / 'report.html'}")
+        return 0
+
+    return endings.run(command, list)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

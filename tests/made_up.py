@@ -1,0 +1,110 @@
+"""Runs that nobody ran and data that nobody took: what their files hold is made up."""
+
+import dataclasses
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from bnjax.data import FILES
+from experiments import metrics, probes, runs
+
+
+def line(epoch: int, arm: str, replicate: int = 0, **changes) -> dict:
+    values = dict.fromkeys(metrics.METRICS, 0.5)
+    place = {"epoch": epoch, "arm": arm, "replicate": replicate}
+    return {**place, **values, "seconds": 0.25, **changes}
+
+
+def make_lines(epochs: int, replicates: int, seed: int = 0) -> list[dict]:
+    rng = np.random.default_rng(seed)
+    return [
+        line(
+            epoch, arm, replicate, **dict(zip(metrics.METRICS, rng.random(5).tolist(), strict=True))
+        )
+        for epoch in range(1, epochs + 1)
+        for replicate in range(replicates)
+        for arm in metrics.ARMS
+    ]
+
+
+def config(experiment, requested: str = "digits") -> dict:
+    return {
+        "experiment": dataclasses.asdict(experiment),
+        "execution": {},
+        "dataset": {"name": experiment.dataset, "requested": requested, "sha256": "0" * 64},
+        **runs.provenance(),
+        "device_kind": "abacus",
+        "device_count": 3,
+        "process_count": 1,
+        "mesh": {"replicate": 3, "data": 1},
+    }
+
+
+def make_probes(experiment, replicates: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """What `probes.after_epoch` gives."""
+    rng = np.random.default_rng(seed)
+    depth = len(experiment.hidden_sizes)
+    edges = np.sort(rng.normal(size=(replicates, depth, probes.BINS + 1)))
+    made: dict[str, np.ndarray] = {}
+    for arm in metrics.ARMS:
+        of_arm = {
+            **{
+                f"features_{k}": rng.random((replicates, 1, size))
+                for k, size in enumerate(experiment.hidden_sizes, 1)
+            },
+            "gradient_norms": rng.random((replicates, depth + 1)),
+            "percentiles": np.sort(rng.normal(size=(replicates, depth, len(probes.PERCENTILES)))),
+            "histograms": rng.integers(0, 9, (replicates, depth, probes.BINS)),
+            "edges": edges,
+        }
+        made |= {f"{arm}/{name}": values for name, values in of_arm.items()}
+    return made
+
+
+def make_end(experiment, seed: int = 0) -> dict[str, np.ndarray]:
+    """What `probes.at_end` gives, of 50 test examples."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 10, 50).astype(np.uint8)
+    guesses = {
+        arm: np.where(rng.random(50) < 0.8, labels, (labels + 1) % 10).astype(np.uint8)
+        for arm in metrics.ARMS
+    }
+    made = {"labels": labels}
+    for arm, other in zip(metrics.ARMS, metrics.ARMS[::-1], strict=True):
+        only = np.flatnonzero((guesses[arm] == labels) & (guesses[other] != labels))
+        made[f"{arm}/predictions"] = guesses[arm]
+        made[f"only_{arm}"] = only
+        made[f"images_{arm}"] = rng.integers(0, 256, (len(only), 28, 28)).astype(np.uint8)
+    for k, size in enumerate(experiment.hidden_sizes):
+        for kind in ("running", "population"):
+            made[f"{kind}/BatchNorm_{k}/mean"] = rng.normal(size=size)
+            made[f"{kind}/BatchNorm_{k}/var"] = rng.random(size) + 0.5
+    return made
+
+
+def save_run(path: Path, experiment, replicates: int = 1, requested: str = "digits") -> list[dict]:
+    """Writes all that a report needs; returns the lines of the metrics."""
+    experiment = dataclasses.replace(experiment, replicates=replicates)
+    runs.create(path, config(experiment, requested))
+    lines = make_lines(experiment.epochs, replicates)
+    metrics.append(path, lines)
+    for epoch in range(1, experiment.epochs + 1):
+        file = path / "probes" / f"epoch-{epoch:03}.npz"
+        runs.write_arrays(file, make_probes(experiment, replicates, epoch))
+    runs.write_arrays(path / "probes" / "end.npz", make_end(experiment))
+    example = {"image": np.zeros((28, 28), np.uint8), "label": np.int32(6)}
+    runs.write_arrays(path / "probes" / "example.npz", example)
+    return lines
+
+
+def idx(array: np.ndarray) -> bytes:
+    """An array of bytes as an IDX file has it."""
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def write_idx(path: Path, *arrays: np.ndarray) -> None:
+    """The four files of a dataset: images and labels to train on, and to test on."""
+    path.mkdir()
+    for name, array in zip(FILES, arrays, strict=True):
+        (path / name).write_bytes(idx(array.astype(np.uint8)))

@@ -1,0 +1,93 @@
+"""What is recorded of both networks, against networks small enough to look into."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from bnjax import diagnostics, distributed, models, paired, population, training
+from bnjax.paired import Arm, Lane
+from bnjax.training import Batch
+from experiments import metrics, probes
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Two replicates after an epoch, with what they saw."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (700, 28, 28)).astype(np.uint8)
+    data = Batch(images, rng.integers(0, 10, 700).astype(np.int32))
+    arms = tuple(
+        Arm(name, models.MLP((6, 5), 10, name == "bn"), optax.adam(1e-2)) for name in metrics.ARMS
+    )
+    lanes = [Lane((arm,), distributed.make_mesh()) for arm in arms]
+    keys = paired.replicate_keys(0, 2)
+    states = paired.create_states(lanes, keys, images[:2])
+    (epoch,) = paired.run(lanes, states, keys, data, data, epochs=range(1, 2), batch_size=50)
+    return lanes, epoch.states, data
+
+
+def variables_of(states, arm, replicate=0):
+    return jax.tree.map(lambda leaf: leaf[replicate], states[arm].variables)
+
+
+@pytest.mark.parametrize("replicate", [0, 1])
+@pytest.mark.parametrize("arm", metrics.ARMS)
+def test_an_epoch_is_looked_at_with_the_diagnostics(trained, arm, replicate):
+    lanes, states, data = trained
+    example, sample = (jax.tree.map(lambda a, n=n: a[:n], data) for n in (1, probes.SAMPLE))
+    found = probes.after_epoch(lanes, states, example, data)
+    module, variables = models.MLP((6, 5), 10, arm == "bn"), variables_of(states, arm, replicate)
+    entering = list(diagnostics.preactivations(module, variables, sample).values())
+    norms = diagnostics.gradient_norms(module, variables, sample)
+    expected = {
+        **diagnostics.features(module, variables, example),
+        "gradient_norms": [norms[f"Dense_{k}"] for k in range(3)],
+        "percentiles": [np.percentile(values, probes.PERCENTILES) for values in entering],
+        "edges": [np.linspace(values.min(), values.max(), probes.BINS + 1) for values in entering],
+    }
+    for name, values in expected.items():
+        close = {"rtol": 1e-4, "atol": 1e-5}
+        np.testing.assert_allclose(found[f"{arm}/{name}"][replicate], np.array(values), **close)
+    counts = found[f"{arm}/histograms"][replicate]
+    np.testing.assert_array_equal(counts.sum(axis=1), [probes.SAMPLE * 6, probes.SAMPLE * 5])
+
+
+@pytest.mark.parametrize("replicate", [0, 1])
+def test_the_end_is_of_one_replicate(trained, replicate):
+    lanes, states, data = trained
+    found = probes.at_end(lanes, states, replicate, data, data)
+    right = {}
+    for lane in lanes:
+        (arm,) = lane.arms
+        logits, _ = training.forward(
+            jax.tree.map(lambda leaf: leaf[replicate], states[arm.name]), data.images, train=False
+        )
+        np.testing.assert_array_equal(found[f"{arm.name}/predictions"], logits.argmax(axis=1))
+        right[arm.name] = np.asarray(logits.argmax(axis=1)) == data.labels
+    for arm, other in zip(metrics.ARMS, metrics.ARMS[::-1], strict=True):
+        only = np.flatnonzero(right[arm] & ~right[other])[: probes.KEPT]
+        assert len(only) > 0
+        np.testing.assert_array_equal(found[f"only_{arm}"], only)
+        np.testing.assert_array_equal(found[f"images_{arm}"], data.images[only])
+
+
+def test_the_end_has_running_statistics_and_those_of_the_training_set(trained):
+    lanes, states, data = trained
+    found = probes.at_end(lanes, states, 0, data, data)
+    variables = variables_of(states, "bn")
+    estimated = population.estimate(lanes[0].arms[0].module, variables, [data.images])
+    for kind, expected in (("running", variables), ("population", estimated)):
+        for layer, statistics in expected["batch_stats"].items():
+            for name, values in statistics.items():
+                np.testing.assert_allclose(found[f"{kind}/{layer}/{name}"], values, rtol=1e-5)
+
+
+def test_predictions_beyond_the_classes_stay_what_they_are():
+    """The preset boostcourse has 512 outputs; 259 is not 3."""
+    module = models.MLP((4,), 512, use_batch_norm=False)
+    images = np.zeros((3, 28, 28), np.uint8)
+    variables = module.init(jax.random.key(0), np.zeros((2, 784), np.float32), train=False)
+    variables["params"]["Dense_1"]["bias"] = jax.nn.one_hot(259, 512) * 100
+    batch = Batch(images, np.full(3, 3, np.int32))
+    assert probes._predict(module, variables, batch).tolist() == [259] * 3
