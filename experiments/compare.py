@@ -134,7 +134,7 @@ def write(path: Path, compared: Sequence[Run]) -> None:
     page = render(
         "compare.html.j2",
         arms=metrics.ARMS,
-        replaced=any(is_replaced(run.config) for run in compared),
+        replaced=any(runs.is_replaced(run.config) for run in compared),
         certainty=format_certainty,
         commands={run.name: options.repeat(run.config) for run in compared},
         curves=svg_uri(picture),
@@ -146,11 +146,6 @@ def write(path: Path, compared: Sequence[Run]) -> None:
         titles={**TITLES, "difference": "difference"},
     )
     runs.write_bytes(path / "compare.html", page.encode(errors="replace"))
-
-
-def is_replaced(config: dict[str, Any]) -> bool:
-    """Whether the digits took the place of MNIST."""
-    return (config["dataset"]["name"], config["dataset"]["requested"]) == ("digits", "auto")
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

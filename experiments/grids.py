@@ -1,4 +1,4 @@
-"""Training for the claims: arms from scratch, and grids of settings that differ in numbers."""
+"""Training for claims and sweeps: arms from scratch, and grids that differ in numbers alone."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -127,9 +127,18 @@ def _change(state: TrainState, cells: Sequence[Cell], replicates: int) -> TrainS
             params[path] = value * stds.astype(value.dtype)[:, None, None]
         elif path[-2].startswith("Dense"):
             params[path] = jnp.zeros_like(value)
-    rates = jnp.repeat(jnp.asarray([c.learning_rate for c in cells], jnp.float32), replicates)
-    opt_state = state.opt_state._replace(hyperparams={"learning_rate": rates})
-    return state.replace(params=unflatten_dict(params), opt_state=opt_state)
+    rates = np.repeat(np.array([c.learning_rate for c in cells], np.float32), replicates)
+    return with_rates(state.replace(params=unflatten_dict(params)), rates)
+
+
+def with_rates(state: TrainState, rates: np.ndarray) -> TrainState:
+    """A state whose replicates have learning rates of their own, `[R]` float32.
+
+    The optimizer is an `optax.inject_hyperparams`. Each state has its own copy of the rates, since
+    training donates it.
+    """
+    opt_state = state.opt_state._replace(hyperparams={"learning_rate": jnp.array(rates)})
+    return state.replace(opt_state=opt_state)
 
 
 def by_cell(values: np.ndarray, cells: Sequence[Cell]) -> np.ndarray:

@@ -152,15 +152,27 @@ def changes(before: Experiment, after: Experiment) -> dict[str, tuple[Any, Any]]
 def command(experiment: Experiment) -> str:
     """The command that runs an experiment: its preset, and the flags that differ from it."""
     default = PRESETS[experiment.preset]()
-    words = ["python", "-m", "experiments.mnist_bn", "--preset", experiment.preset]
-    for name, (_, value) in changes(default, experiment).items():
+    changed = {name: value for name, (_, value) in changes(default, experiment).items()}
+    start = ["python", "-m", "experiments.mnist_bn", "--preset", experiment.preset]
+    return shlex.join([*start, *flags(changed)])
+
+
+def flags(values: Mapping[str, Any]) -> list[str]:
+    """Settings as they stand on a command line.
+
+    Example:
+        >>> flags({"drop_last": False, "hidden_sizes": (32, 32)})
+        ['--no-drop-last', '--hidden-sizes', '32', '32']
+    """
+    words: list[str] = []
+    for name, value in values.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            values = value if isinstance(value, tuple) else (value,)
-            words += [f"--{flag}", *map(str, values)]
-    return shlex.join(words)
+            several = value if isinstance(value, tuple) else (value,)
+            words += [f"--{flag}", *map(str, several)]
+    return words
 
 
 def repeat(config: Mapping[str, Any]) -> str:

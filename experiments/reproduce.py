@@ -34,6 +34,7 @@ from bnjax.names import choose
 from experiments import devices, endings, runs, verdicts
 from experiments.claims import Claim, Settings, load_claims
 from experiments.console import print_plain
+from experiments.options import flags
 from experiments.plan import describe, load_data
 from experiments.presets import MAX_SEED, PRESETS, Experiment
 
@@ -224,15 +225,13 @@ def _seconds_before(directory: Path) -> float:
 
 def _words(options: Options, path: Path | None) -> list[str]:
     """The command that runs the same again, without its claims where there is no path."""
-    words = [*PROG.split(), *(options.claims if path else ())]
-    if options.quick:
-        words.append("--quick")
-    default = Options()
-    for field in dataclasses.fields(Options):
-        value = getattr(options, field.name)
-        if field.name not in ("claims", "quick", "out") and value != getattr(default, field.name):
-            words += [f"--{field.name.replace('_', '-')}", str(value)]
-    return [*words, *(["--out", str(path)] if path else [])]
+    changed = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(Options)
+        if field.name not in ("claims", "out") and getattr(options, field.name) != field.default
+    }
+    claims, out = (options.claims, {"out": path}) if path else ((), {})
+    return [*PROG.split(), *claims, *flags(changed | out)]
 
 
 if __name__ == "__main__":

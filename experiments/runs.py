@@ -99,6 +99,12 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def is_replaced(config: Mapping[str, Any]) -> bool:
+    """Whether the embedded digits took the place of MNIST."""
+    dataset = config["dataset"]
+    return (dataset["name"], dataset["requested"]) == ("digits", "auto")
+
+
 def parse(file: Path, content: bytes) -> Any:
     """What JSON says that was read from a file.
 

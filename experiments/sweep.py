@@ -33,6 +33,7 @@ from bnjax.statistics import paired_difference, summarize
 from bnjax.training import Batch
 from experiments import devices, endings, grids, metrics, mnist_bn, runs
 from experiments.console import SHOWN, TITLES, format_summary, print_plain
+from experiments.options import flags
 from experiments.plan import check_memory, describe, load_data, make_arms
 from experiments.presets import PRESETS, Experiment
 
@@ -134,16 +135,7 @@ def train(group: Sequence[Experiment], dataset: Dataset) -> list[Cell]:
     rates = np.repeat([one.learning_rate for one in group], count).astype(np.float32)
 
     def change(states: States) -> States:
-        return {
-            name: state.replace(
-                opt_state=state.opt_state._replace(
-                    hyperparams={
-                        "learning_rate": jnp.array(rates)
-                    }  # one for each: they are donated
-                )
-            )
-            for name, state in states.items()
-        }
+        return {name: grids.with_rates(state, rates) for name, state in states.items()}
 
     epochs = grids.train(
         [Arm(arm.name, arm.module, ADAM) for arm in make_arms(first)],
@@ -303,16 +295,10 @@ def _write(path: Path, settings: Settings, cells: Sequence[Cell]) -> None:
 
 def _words(settings: Settings) -> list[str]:
     """The command that runs the same again."""
-    words = PROG.split()
-    for field in dataclasses.fields(Settings):
-        value = getattr(settings, field.name)
-        flag = f"--{field.name.replace('_', '-')}"
-        if value is True:
-            words.append(flag)
-        elif value != field.default:
-            values = value if isinstance(value, tuple) else (value,)
-            words += [flag, *map(str, values)]
-    return words
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Settings)}
+    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
+    changed = {name: value for name, value in values.items() if value != defaults[name]}
+    return [*PROG.split(), *flags(changed)]
 
 
 if __name__ == "__main__":

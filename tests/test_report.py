@@ -154,11 +154,11 @@ class TestWords:
 
     def test_mistakes(self):
         end = end_of([3, 3, 3, 5], bn=[3, 5, 5, 5], no_bn=[3, 300, 12, 2])
-        assert words.mistakes(end) == (
+        assert words.mistakes(predictions.confusions(end)) == (
             "With BN 2 mistakes, most often 3 taken for 5 (2 times); "
             "without BN 3 mistakes, most often 3 taken for something else (2 times)"
         )
-        assert words.mistakes(end_of([1], bn=[1], no_bn=[1])) == (
+        assert words.mistakes(predictions.confusions(end_of([1], bn=[1], no_bn=[1]))) == (
             "With BN 0 mistakes; without BN 0 mistakes"
         )
 

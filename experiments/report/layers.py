@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.metrics import ARMS
-from experiments.report.figures import LABELS, STYLES, Probes, draw_band
+from experiments.metrics import ARMS, LABELS
+from experiments.report.figures import STYLES, Probes, draw_band
 
 # Of a deep network so many layers are drawn, the first and the last among them.
 COLUMNS = 5

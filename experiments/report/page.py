@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import jinja2
 
+from experiments import runs
+
 
 class Picture(NamedTuple):
     """A picture in a page.
@@ -33,6 +35,7 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["is_replaced"] = runs.is_replaced
     return environment.get_template(template).render(**values)
 
 

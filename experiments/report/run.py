@@ -58,7 +58,7 @@ def redraw(path: Path) -> dict[str, Any]:
         headline=words.headline(summary),
         losses=words.losses(summary),
         inside=inside,
-        labels=figures.LABELS,
+        labels=metrics.LABELS,
         one_replicate=ONE_REPLICATE,
         seconds=float(np.median([line["seconds"] for line in lines])),
         summary=summary,
@@ -94,7 +94,7 @@ def look_inside(path: Path, experiment: Experiment, replicate: int) -> dict[str,
         ],
         "classes": predictions.classes(confusions),
         "confusions": confusions,
-        "mistakes": words.mistakes(end),
+        "mistakes": words.mistakes(confusions),
         "most_mistakes": max(1, *(predictions.off_diagonal(c).max() for c in confusions.values())),
         "disagreements": predictions.disagreements(end),
     }
@@ -108,6 +108,7 @@ def draw(epochs: Sequence[Probes], end: Probes, replicate: int, replicates: int)
     some = f" Of {depth} layers {', '.join(map(str, shown))} are drawn." * (len(shown) < depth)
     bands = " Bands are 95 % intervals, cut where they would leave the picture." * (replicates > 1)
     activations, gradients = words.activations(last, replicate), words.gradients(last)
+    statistics = words.statistics(end)
     return [
         Picture(
             "What enters the activations, over the epochs",
@@ -136,10 +137,10 @@ def draw(epochs: Sequence[Probes], end: Probes, replicate: int, replicates: int)
         Picture(
             "Running statistics and those of the training set",
             svg_uri(figures.to_svg(layers.statistics(end))),
-            f"Running statistics against those of the training set. {words.statistics(end)}",
+            f"Running statistics against those of the training set. {statistics}",
             "One dot for each unit of the network with batch normalization. On the line the "
             "running average, by which evaluation normalizes, is what it estimates: the statistic "
             "of the training set under the final weights, here over chunks of 5,000 examples. "
-            f"{words.statistics(end)}{some}",
+            f"{statistics}{some}",
         ),
     ]

@@ -7,9 +7,9 @@ import numpy as np
 
 from bnjax.statistics import summarize
 from experiments.console import format_summary
-from experiments.metrics import ARMS
+from experiments.metrics import ARMS, LABELS
 from experiments.report import layers, predictions
-from experiments.report.figures import LABELS, Probes
+from experiments.report.figures import Probes
 
 METRIC = "test_accuracy"
 
@@ -112,10 +112,10 @@ def statistics(end: Probes) -> str:
     )
 
 
-def mistakes(end: Probes) -> str:
+def mistakes(confusions: Mapping[str, np.ndarray]) -> str:
     """How many mistakes each network makes, and which one most often."""
     told = []
-    for arm, counts in predictions.confusions(end).items():
+    for arm, counts in confusions.items():
         wrong = predictions.off_diagonal(counts)
         label, taken = np.unravel_index(wrong.argmax(), wrong.shape)
         other = "something else" if taken == predictions.CLASSES else taken
