@@ -134,7 +134,7 @@ def batchnorm_backward(dout: Array, cache: Cache | None) -> tuple[Array, Array, 
         [1.] [3.]
     """
     cache = _given(cache)
-    n = len(dout)
+    n = dout.shape[0]
     dx_hat, dgamma, dbeta = _scale_and_shift_backward(dout, cache)
     dx_centred = dx_hat / cache.std
     dstd = -(dx_hat * cache.x_centred).sum(axis=0, keepdims=True) / jnp.square(cache.std)

@@ -206,7 +206,8 @@ def cosine_similarity(
         length = jnp.linalg.norm(layer, axis=1, keepdims=True)
         units = layer / jnp.where(length == 0, 1, length)
         own = jnp.sum(units**2)
-        return (jnp.sum(units.sum(axis=0) ** 2) - own) / (len(layer) * (len(layer) - 1))
+        count = layer.shape[0]
+        return (jnp.sum(units.sum(axis=0) ** 2) - own) / (count * (count - 1))
 
     layers = features(model, variables, batch, train=train).values()
     return {"cosine_similarity": jnp.stack([mean_cosine(layer) for layer in layers])}

@@ -65,8 +65,9 @@ def batch_norm_train(
             they are divided, so that devices with unequal counts are exact.
 
     Returns:
-        `y` with the shape and dtype of `x`, and the updated statistics. Where fewer than two rows
-        are valid, known only at run time, the statistics are returned as they came.
+        `y` with the shape and dtype of `x`, and the updated statistics. Where there are fewer than
+        two valid rows and only run time can know (a mask, a symbolic size of `jax.export`), the
+        statistics are returned as they came.
 
     Raises:
         ValueError: if the shapes leave fewer than two samples per feature, or an argument does
@@ -86,6 +87,7 @@ def batch_norm_train(
     x = jnp.asarray(x)
     _check_arguments("x", x, stats, scale=scale, bias=bias)
     if mask is not None:
+        mask = jnp.asarray(mask)
         _check_mask(mask, x)
     if ddof not in (0, 1):
         raise ValueError(f"ddof is {ddof}: expected 0 (biased) or 1 (unbiased running variance)")
@@ -103,7 +105,7 @@ def batch_norm_train(
     stats = _prepare(stats, momentum, dtype)
     running_var = var * (count / jnp.maximum(count - 1, 1)) if ddof else var
     updated = _update(stats, mean, running_var, momentum)
-    if valid is not None:
+    if valid is not None or not isinstance(x.size, int):
         updated = jax.tree.map(lambda new, old: jnp.where(count >= 2, new, old), updated, stats)
     return y.reshape(x.shape).astype(x.dtype), updated
 
@@ -189,7 +191,7 @@ def fold(
     kernel = jnp.asarray(kernel)
     _check_arguments("kernel", kernel, stats, bias=bias, scale=scale, offset=offset)
     dtype = statistics_dtype(kernel)
-    factor = 1 / jnp.sqrt(stats.var.astype(dtype) + epsilon)
+    factor = 1 / jnp.sqrt(stats.var.astype(dtype) + as_scalar(epsilon, dtype))
     if scale is not None:
         factor = scale.astype(dtype) * factor
     shift = -stats.mean.astype(dtype)
@@ -202,6 +204,11 @@ def fold(
     return folded.reshape(kernel.shape).astype(kernel.dtype), shift.astype(kernel.dtype)
 
 
+def as_scalar(value: float | Array, dtype: jnp.dtype) -> float | Array:
+    """A setting that does not widen what it meets, as NumPy's float64 would under x64."""
+    return float(value) if isinstance(value, Real) else jnp.asarray(value, dtype)
+
+
 def _rows(x: Array, dtype: jnp.dtype) -> Array:
     return x.astype(dtype).reshape(-1, x.shape[-1])
 
@@ -209,7 +216,7 @@ def _rows(x: Array, dtype: jnp.dtype) -> Array:
 def _scale_and_shift(
     centred: Array, var: Array, scale: Array | None, bias: Array | None, epsilon: float
 ) -> Array:
-    factor = 1 / jnp.sqrt(var + epsilon)
+    factor = 1 / jnp.sqrt(var + as_scalar(epsilon, var.dtype))
     if scale is not None:
         factor = scale.astype(centred.dtype) * factor
     y = centred * factor[None]
@@ -233,7 +240,7 @@ def _update(stats: BatchStats, mean: Array, var: Array, momentum: float | None) 
         count = count + 1
         keep = 1 - 1 / count.astype(mean.dtype)
     else:
-        keep = momentum
+        keep = as_scalar(momentum, mean.dtype)
     new_mean = keep * old_mean + (1 - keep) * mean
     new_var = keep * old_var + (1 - keep) * var
     return BatchStats(new_mean, new_var, count)

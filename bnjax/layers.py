@@ -90,9 +90,10 @@ class BatchNorm(nn.Module):
         Args:
             x: `[N, ..., C]` floating point, with the features where `axis` says.
             use_running_average: as the field, which may not be given as well.
-            mask: boolean of the shape of `x` without the feature axes, or with length 1 there;
-                samples where it is False count for nothing and come out as 0. Ignored with running
-                statistics, as in Flax.
+            mask: boolean of the shape of `x` without the feature axes, or of as many axes as `x`
+                with length 1 there, which is broadcast over the others, as `[N, 1, 1, 1]` over
+                images; samples where it is False count for nothing and come out as 0. Ignored with
+                running statistics, as in Flax.
 
         Returns:
             The normalized array, of the shape of `x`.
@@ -127,15 +128,18 @@ class BatchNorm(nn.Module):
             count: Any = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
             stats = stats._replace(count=count.value)
 
-        untrainable = math.prod(x.shape[:-1]) < 2 or len(x) % (self.virtual_batch_size or 1)
-        if use_running_average or (self.is_initializing() and untrainable):
+        size = self.virtual_batch_size
+        untrainable = self.is_initializing() and (
+            math.prod(x.shape[:-1]) < 2 or x.shape[0] % (size or 1) != 0
+        )
+        if use_running_average or untrainable:
             y = batch_norm_eval(x, scale, bias, stats, epsilon=self.epsilon)
         else:
             y, updated = self._train()(x, scale, bias, stats, mask=mask)
             if not self.is_initializing():
                 mean.value, var.value = updated.mean.reshape(shape), updated.var.reshape(shape)
                 if counted:
-                    batches = len(x) // (self.virtual_batch_size or len(x))
+                    batches = jnp.asarray(x.shape[0] // size if size else 1, jnp.int32)
                     count.value = count.value + batches if updated.count is None else updated.count
         return _features_back(y[0] if single else y, self.axis, shape).astype(dtype)
 
@@ -159,6 +163,12 @@ class BatchNorm(nn.Module):
         return train if size is None else virtual_batches(train, size)
 
 
+def normalizes(context: Any) -> bool:
+    """Whether the call that `nn.intercept_methods` shows is that of a batch normalization."""
+    layers = BatchNorm | nn.BatchNorm
+    return context.method_name == "__call__" and isinstance(context.module, layers)
+
+
 def features_last(
     x: Array, axis: int | Sequence[int], mask: Array | None = None
 ) -> tuple[Array, Array | None, tuple[int, ...]]:
@@ -167,7 +177,7 @@ def features_last(
     Args:
         x: an array of any shape.
         axis: its feature axis or axes.
-        mask: of the shape of `x` without the feature axes, or with length 1 there.
+        mask: as `BatchNorm` takes it.
 
     Returns:
         `x` as `[N, ..., C]`, the mask as `[N, ...]`, and the shape of the features, of product C.
@@ -183,7 +193,8 @@ def features_last(
     axes = sorted(normalize_axis_tuple(axis, x.ndim))
     shape = tuple(x.shape[a] for a in axes)
     if mask is not None and mask.ndim == x.ndim and all(mask.shape[a] == 1 for a in axes):
-        mask = mask.squeeze(axes)
+        samples = [1 if a in axes else size for a, size in enumerate(x.shape)]
+        mask = jnp.broadcast_to(mask, samples).squeeze(tuple(axes))
     x = jnp.moveaxis(x, axes, range(-len(axes), 0))
     return x.reshape(*x.shape[: -len(axes)], math.prod(shape)), mask, shape
 

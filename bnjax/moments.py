@@ -45,6 +45,8 @@ def statistics_dtype(x: Array) -> jnp.dtype:
 def check_sample_count(x: Array, axis_name: str | None = None) -> None:
     """Refuses `x` `[N, ..., C]` whose shape leaves fewer than two samples per feature.
 
+    Sizes that are symbols, as `jax.export` knows them, are left to run time.
+
     Raises:
         ValueError: naming their number, the shape and the remedies.
 
@@ -53,7 +55,7 @@ def check_sample_count(x: Array, axis_name: str | None = None) -> None:
     """
     devices = 1 if axis_name is None else lax.axis_size(axis_name)
     samples = devices * math.prod(x.shape[:-1])
-    if samples < 2:
+    if isinstance(samples, int) and samples < 2:
         raise ValueError(
             f"batch normalization in training needs at least 2 samples per feature, found "
             f"N = {samples} in x of shape {x.shape}: use a larger batch, drop the last short "
@@ -87,7 +89,7 @@ def centre(x: Array, valid: Array | None, axis_name: str | None) -> tuple[Array,
         [-1.  1.] [100002.] [1.] 2.0
     """
     if valid is None:
-        count = jnp.asarray(len(x), x.dtype)
+        count = jnp.asarray(x.shape[0], x.dtype)
     else:
         x = jnp.where(valid, x, 0)
         count = jnp.sum(valid, dtype=x.dtype)
@@ -159,14 +161,21 @@ def _drop_low_bits(x: Array) -> Array:
 
 def _sum_rows(x: Array) -> Array:
     """Sums `[N, C]` to `[C]`, block by block."""
-    while len(x) > SUM_BLOCK:
-        size = _block_size(len(x))
-        if size == 1:
-            break
-        blocks, rest = divmod(len(x), size)
-        sums = x[: blocks * size].reshape(blocks, size, -1).sum(axis=1)
-        x = jnp.concatenate([sums, x[-rest:]]) if rest else sums
+    if not isinstance(x.shape[0], int):
+        for _ in range(3):  # of a symbolic number: 64**4 rows in runs of 128 at most
+            x = _sum_blocks(x, SUM_BLOCK)
+        return x.sum(axis=0)
+    while len(x) > SUM_BLOCK and (size := _block_size(len(x))) > 1:
+        x = _sum_blocks(x, size)
     return x.sum(axis=0)
+
+
+def _sum_blocks(x: Array, size: int) -> Array:
+    blocks, rest = divmod(x.shape[0], size)
+    sums = x[: blocks * size].reshape(blocks, size, x.shape[1]).sum(axis=1)
+    return (
+        sums if isinstance(rest, int) and not rest else jnp.concatenate([sums, x[blocks * size :]])
+    )
 
 
 def _block_size(rows: int) -> int:

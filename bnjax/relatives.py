@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from bnjax.functional import BatchStats, batch_norm_train
+from bnjax.functional import BatchStats, as_scalar, batch_norm_train
 
 Train = Callable[..., tuple[Array, BatchStats]]
 
@@ -46,28 +46,38 @@ def virtual_batches(train: Train, size: int) -> Train:
         *,
         mask: Array | None = None,
     ) -> tuple[Array, BatchStats]:
-        _, returned = jax.eval_shape(train, x, scale, bias, stats, mask=mask)
-        if size < 1 or len(x) % size:
+        _, after = train(x, scale, bias, stats, mask=mask)
+        count = x.shape[0]
+        if size < 1 or count % size != 0:
             raise ValueError(
                 f"virtual_batch_size is {size}: expected a positive number that divides "
-                f"the batch of {len(x)} examples"
+                f"the batch of {count} examples"
+                + f", as an export knows of {size}*n"
+                * (not isinstance(count, int))
             )
 
         def step(stats: BatchStats, group: tuple[Array, Array | None]) -> tuple[BatchStats, Array]:
             y, stats = train(group[0], scale, bias, stats, mask=group[1])
             return stats, y
 
-        if returned.count is None:
-            stats = stats._replace(count=None)
-        elif stats.count is None:
-            stats = stats._replace(count=jnp.zeros((), jnp.int32))
-        stats = jax.tree.map(lambda old, new: old.astype(new.dtype), stats, returned)
-        x_groups = x.reshape(-1, size, *x.shape[1:])
-        mask_groups = None if mask is None else mask.reshape(-1, size, *mask.shape[1:])
-        stats, y = lax.scan(step, stats, (x_groups, mask_groups))
+        groups = jax.tree.map(lambda a: a.reshape(count // size, size, *a.shape[1:]), (x, mask))
+        stats, y = lax.scan(step, _alike(stats, after), groups)
         return y.reshape(x.shape), stats
 
     return train_each
+
+
+def _alike(stats: BatchStats, after: BatchStats) -> BatchStats:
+    """`stats` as a scan needs them: of the types of `after`, varying over the same devices.
+
+    The compiler sees that the values of `after` are not used, and leaves them out.
+    """
+    if after.count is None:
+        stats = stats._replace(count=None)
+    elif stats.count is None:
+        stats = stats._replace(count=jnp.zeros_like(after.count))
+    after = lax.stop_gradient(after)
+    return jax.tree.map(lambda a, b: jnp.where(False, b, a.astype(b.dtype)), stats, after)
 
 
 def batch_renorm_train(
@@ -125,10 +135,11 @@ def batch_renorm_train(
     train = partial(batch_norm_train, epsilon=epsilon, mask=mask, axis_name=axis_name)
     running = BatchStats(stats.mean, stats.var)
     _, batch = train(x, scale, bias, running, momentum=0.0)
-    r_max, d_max = limits
-    running_std = jnp.sqrt(stats.var + epsilon)
-    r = jnp.clip(jnp.sqrt(batch.var + epsilon) / running_std, 1 / r_max, r_max)
-    d = jnp.clip((batch.mean - stats.mean) / running_std, -d_max, d_max)
+    mean, var = (a.astype(batch.mean.dtype) for a in running[:2])
+    r_max, d_max, added = (as_scalar(value, var.dtype) for value in (*limits, epsilon))
+    std = jnp.sqrt(var + added)
+    r = jnp.clip(jnp.sqrt(batch.var + added) / std, 1 / r_max, r_max)
+    d = jnp.clip((batch.mean - mean) / std, -d_max, d_max)
     r, d = lax.stop_gradient((r, d))
     if scale is not None:
         r, d = scale.astype(r.dtype) * r, scale.astype(d.dtype) * d

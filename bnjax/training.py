@@ -9,7 +9,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -103,11 +102,23 @@ def create_state(
 def to_float(images: AnyArray) -> AnyArray:
     """uint8 in 0..255 becomes float32 in [0, 1], as torchvision's `ToTensor`; floats stay.
 
+    Raises:
+        ValueError: if they are anything else: other integers do not say what they are out of.
+
     Example:
         >>> print(to_float(np.array([0, 255], np.uint8)))
         [0. 1.]
     """
-    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
+    dtype = getattr(images, "dtype", None)
+    if dtype == jnp.uint8:
+        return images.astype(jnp.float32) / 255
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        found = f"a {type(images).__name__}" if dtype is None else f"{dtype}{list(images.shape)}"
+        raise ValueError(
+            f"images are {found}: expected an array of uint8 in 0..255, which are divided by 255, "
+            "or of floating point, which stays as it is"
+        )
+    return images
 
 
 @partial(jax.jit, static_argnames="axis_name")
@@ -136,21 +147,40 @@ def train_step(
         (1, 4)
     """
 
-    own = state if axis_name is None else _fold_dropout(state, lax.axis_index(axis_name))
+    own = state
+    if axis_name is not None:
+        own = _fold_dropout(state, lax.axis_index(axis_name))
+        first = lax.axis_index(axis_name) == 0
+        # As one device's own, or `shard_map` with `check_vma` would add the gradients up by itself.
+        own = own.replace(params=jax.tree.map(lambda a: jnp.where(first, a, a), own.params))
 
     def loss_fn(params: Any) -> tuple[Array, tuple[Metrics, Any]]:
         logits, updates = forward(own.replace(params=params), batch.images, train=True)
         metrics = _metrics(logits, batch.labels)
-        return metrics.loss / metrics.examples, (metrics, updates)
+        return metrics.loss / metrics.examples.astype(metrics.loss.dtype), (metrics, updates)
 
-    gradients, (metrics, updates) = jax.grad(loss_fn, has_aux=True)(state.params)
-    batch_stats = updates.get("batch_stats", state.batch_stats)
+    gradients, (metrics, updates) = jax.grad(loss_fn, has_aux=True)(own.params)
+    batch_stats = _in_containers_of(state.batch_stats, updates.get("batch_stats", {}))
     if axis_name is not None:
         gradients = lax.pmean(gradients, axis_name)
-        first = lax.axis_index(axis_name) == 0
         firsts = jax.tree.map(lambda a: jnp.where(first, a, jnp.zeros_like(a)), batch_stats)
         metrics, batch_stats = lax.psum((metrics, firsts), axis_name)
-    return state.apply_gradients(grads=gradients, batch_stats=batch_stats), metrics
+    with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic needs it
+        return state.apply_gradients(grads=gradients, batch_stats=batch_stats), metrics
+
+
+def _in_containers_of(before: Any, after: Any) -> Any:
+    """Statistics after a step in the mappings of those before, as a scan needs them."""
+    old, new = (
+        {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+        for leaves in map(jax.tree.leaves_with_path, (before, after))
+    )
+    if missing := sorted(new.keys() - old.keys()):
+        raise ValueError(
+            f"batch_stats of the state lack {', '.join(missing)}, which the module updates in "
+            "training: begin with those that its init or create_state gives"
+        )
+    return jax.tree.unflatten(jax.tree.structure(before), {**old, **new}.values())
 
 
 def forward(state: TrainState, images: AnyArray, *, train: bool) -> tuple[Array, dict[str, Any]]:
@@ -221,6 +251,9 @@ def train_epoch(
     Returns:
         The state after the epoch and the metrics of the steps, stacked along the first axis.
 
+    Raises:
+        ValueError: if there are fewer examples than `batch_size`, or not as many images as labels.
+
     Example:
         >>> from bnjax.models import MLP
         >>> batch = Batch(jnp.zeros((4, 3)), jnp.array([0, 1, 0, 1]))
@@ -229,12 +262,16 @@ def train_epoch(
         >>> int(state.step), steps.loss.shape
         (2, (2,))
     """
-    count = len(examples.labels)
+    count = _count(examples)
+    if not 1 <= batch_size <= count:
+        raise ValueError(
+            f"batch_size is {batch_size}: expected 1 to {count}, the number of examples"
+        )
     steps, rest = divmod(count, batch_size)
     order = draw_order(key, count)
     batches = order[: steps * batch_size].reshape(steps, batch_size)
     state, metrics = lax.scan(lambda s, index: step(s, take(examples, index)), state, batches)
-    if rest and not drop_last:
+    if not drop_last and rest:
         state, last = step(state, take(examples, order[-rest:]))
         metrics = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), metrics, last)
     return state, metrics
@@ -256,6 +293,9 @@ def evaluate(
         batch_size: examples per step. The result does not depend on it but for rounding.
         step: `(state, batch) -> metrics`.
 
+    Raises:
+        ValueError: if `batch_size` is below 1, or there are not as many images as labels.
+
     Example:
         >>> from bnjax.models import MLP
         >>> batch = Batch(jnp.zeros((4, 3)), jnp.array([0, 1, 0, 1]))
@@ -263,7 +303,12 @@ def evaluate(
         >>> int(evaluate(state, batch, batch_size=3).examples)
         4
     """
-    steps, rest = divmod(len(examples.labels), batch_size)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: expected at least 1")
+    count = _count(examples)
+    if not isinstance(count, int):
+        return step(state, examples)  # in an export, whatever there will be
+    steps, rest = divmod(count, batch_size)
     whole = jax.tree.map(
         lambda a: a[: steps * batch_size].reshape(steps, batch_size, *a.shape[1:]), examples
     )
@@ -275,11 +320,20 @@ def evaluate(
     return total
 
 
+def _count(examples: Batch) -> int:
+    counts = {name: values.shape[0] for name, values in examples._asdict().items()}
+    if counts["images"] != counts["labels"]:
+        raise ValueError(
+            f"{counts['images']} images and {counts['labels']} labels: expected as many of one as "
+            "of the other"
+        )
+    return counts["labels"]
+
+
 def _metrics(logits: Array, labels: AnyArray) -> Metrics:
-    chex.assert_rank([logits, labels], [2, 1])
     losses = cross_entropy(logits, labels)
     correct = jnp.sum(_is_first_largest(logits, labels), dtype=jnp.int32)
-    return Metrics(losses.sum(), correct, jnp.asarray(len(labels), jnp.int32))
+    return Metrics(losses.sum(), correct, jnp.asarray(labels.shape[0], jnp.int32))
 
 
 def cross_entropy(logits: Array, labels: AnyArray) -> Array:
@@ -295,15 +349,24 @@ def cross_entropy(logits: Array, labels: AnyArray) -> Array:
     Returns:
         `[N]` losses.
 
+    Raises:
+        ValueError: if labels are no integers, or not one for each row of the logits.
+
     Example:
         >>> print(cross_entropy(jnp.zeros((1, 10)), jnp.array([3])).round(4))
         [2.3026]
     """
-    classes = logits.shape[1]
+    integers = jnp.issubdtype(labels.dtype, jnp.integer) or labels.dtype == bool
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or not integers:
+        raise ValueError(
+            f"labels are {labels.dtype}{list(labels.shape)} and logits of shape {logits.shape}: "
+            "expected integers [N] and logits [N, classes]"
+        )
+    classes, labels = _classes_and_labels(logits, labels)
     logits = logits.astype(statistics_dtype(logits))
     shifted = logits - lax.stop_gradient(logits.max(axis=1, keepdims=True))
-    own = jnp.where(jnp.arange(classes)[None] == labels[:, None], shifted, 0).sum(axis=1)
-    own = jnp.where((labels >= 0) & (labels < classes), own, jnp.nan)
+    own = jnp.where(classes[None] == labels[:, None], shifted, 0).sum(axis=1)
+    own = jnp.where((labels >= 0) & (labels < len(classes)), own, jnp.nan)
     return jnp.log(jnp.exp(shifted).sum(axis=1)) - own
 
 
@@ -312,8 +375,14 @@ def _is_first_largest(logits: Array, labels: AnyArray) -> Array:
 
     XLA's argmax takes longer on a CPU than the rest of the forward pass of a wide output layer.
     """
-    labels = labels[:, None]
-    own = jnp.take_along_axis(logits, labels, axis=1)
-    earlier = jnp.arange(logits.shape[1])[None] < labels
+    classes, labels = _classes_and_labels(logits, labels)
+    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    earlier = classes[None] < labels[:, None]
     beaten = jnp.where(earlier, logits < own, logits <= own)
     return beaten.all(axis=1)
+
+
+def _classes_and_labels(logits: Array, labels: AnyArray) -> tuple[Array, AnyArray]:
+    """All classes and the labels as integers of one dtype, in which both are exact."""
+    labels = labels.astype(np.promote_types(labels.dtype, np.int32))
+    return jnp.arange(logits.shape[1], dtype=labels.dtype), labels

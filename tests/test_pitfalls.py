@@ -5,6 +5,7 @@ Each test asserts the other library's behaviour too, so it fails once that is re
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -117,6 +118,23 @@ def test_a_batch_of_one():
         train(bnjax.BatchNorm(use_running_average=False, use_scale=False), x, variables)
     y = bnjax.BatchNorm(use_running_average=True, use_scale=False).apply(variables, x)
     assert relative_error(y, x.astype(np.float64) / np.sqrt(1 + 1e-5) + bias) < 1e-6
+
+
+def test_a_batch_of_one_that_only_run_time_knows():
+    """Exported with a free batch size, Flax's layer counts a batch of one like any other."""
+    (n,) = jax.export.symbolic_shape("n")
+    found = {}
+    for layer in (nn.BatchNorm, bnjax.BatchNorm):
+        norm = layer(use_running_average=False, momentum=0.9)
+        variables = norm.init(KEY, normal((4, 3)))
+        apply = jax.jit(lambda x, norm=norm, variables=variables: train(norm, x, variables))
+        exported = jax.export.export(apply)(jax.ShapeDtypeStruct((n, 3), jnp.float32))
+        _, found[layer] = exported.call(normal((1, 3), offset=5.0))
+    np.testing.assert_allclose(found[nn.BatchNorm]["var"], 0.9, rtol=1e-6)
+    assert (found[nn.BatchNorm]["mean"] > 0.3).all()
+
+    np.testing.assert_array_equal(found[bnjax.BatchNorm]["var"], np.ones(3))
+    np.testing.assert_array_equal(found[bnjax.BatchNorm]["mean"], np.zeros(3))
 
 
 def test_a_mask_of_rows_as_long_as_the_features():

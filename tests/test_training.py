@@ -9,7 +9,7 @@ import optax
 import pytest
 from absl.testing import parameterized
 
-from bnjax import models, training
+from bnjax import diagnostics, models, training
 from bnjax.training import Batch
 
 KEY = jax.random.key(0)
@@ -223,3 +223,69 @@ def test_a_label_that_is_no_class_makes_the_loss_nan(label):
 def test_losses_of_bfloat16_logits_are_summed_in_float32():
     metrics = training._metrics(jnp.zeros((3000, 10), jnp.bfloat16), jnp.zeros(3000, jnp.int32))
     np.testing.assert_allclose(metrics.loss, 3000 * np.log(10), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda batch: training.to_float(batch.images),
+        lambda batch: training.create_state(
+            models.MLP((8,), 10), optax.sgd(0.1), KEY, batch.images
+        ),
+        lambda batch: training.train_step(fresh_state(), batch),
+        lambda batch: training.train_epoch(fresh_state(), batch, KEY, batch_size=2),
+        lambda batch: training.eval_step(fresh_state(), batch),
+        lambda batch: training.evaluate(fresh_state(), batch),
+        lambda batch: diagnostics.features(models.MLP((8,), 10), fresh_state().variables, batch),
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, np.int64, np.uint16, bool, np.complex64])
+def test_images_are_bytes_or_floating_point(use, dtype):
+    """Other integers would pass unscaled, and a network trained on them would be at chance."""
+    told = rf"images are {np.dtype(dtype).name[:3]}.*, 4, 4\]: expected an array of uint8"
+    with pytest.raises(ValueError, match=told):
+        use(examples(4)._replace(images=np.ones((4, 4, 4), dtype)))
+
+
+@pytest.mark.parametrize("images", [[[0, 255]], {"image": 1}, None])
+def test_images_that_are_no_array_are_refused(images):
+    with pytest.raises(ValueError, match=rf"images are a {type(images).__name__}: .* uint8"):
+        training.to_float(images)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("batch_size", [-1, 0, 11, 1000])
+def test_a_batch_size_that_the_examples_do_not_fill_is_refused(batch_size, drop_last):
+    epoch = partial(training.train_epoch, fresh_state(), examples(10), KEY, drop_last=drop_last)
+    with pytest.raises(ValueError, match=f"batch_size is {batch_size}: expected 1 to 10"):
+        epoch(batch_size=batch_size)
+    if batch_size < 1:
+        with pytest.raises(ValueError, match=f"batch_size is {batch_size}: expected at least 1"):
+            training.evaluate(fresh_state(), examples(10), batch_size=batch_size)
+
+
+@pytest.mark.parametrize("labels", [8, 12])
+def test_as_many_images_as_labels_are_needed(labels):
+    """Indices beyond the images would be clamped without a word."""
+    batch = Batch(examples(10).images, examples(labels).labels)
+    for use in (
+        partial(training.train_epoch, fresh_state(), batch, KEY, batch_size=4),
+        partial(training.evaluate, fresh_state(), batch, batch_size=4),
+    ):
+        with pytest.raises(ValueError, match=f"10 images and {labels} labels"):
+            use()
+    with pytest.raises(ValueError, match=rf"labels are int32\[{labels}\] and logits .*\(10, 10\)"):
+        training.train_step(fresh_state(), batch)
+
+
+@pytest.mark.parametrize("labels", [np.eye(10)[:4], np.array([0.5, 1, 2, 3]), np.array([[1]] * 4)])
+def test_labels_are_integers_one_for_each_example(labels):
+    with pytest.raises(ValueError, match=r"expected integers \[N\] and logits \[N, classes\]"):
+        training.train_step(fresh_state(), Batch(examples(4).images, labels))
+
+
+def test_labels_of_two_classes_may_be_boolean():
+    batch = examples(6)
+    metrics = training.eval_step(fresh_state(), batch._replace(labels=batch.labels > 4))
+    expected = training.eval_step(fresh_state(), batch._replace(labels=(batch.labels > 4) * 1))
+    chex.assert_trees_all_equal(metrics, expected)
