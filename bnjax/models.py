@@ -1,16 +1,19 @@
 """Networks with and without batch normalization."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from jax import Array
 
 from bnjax import initializers
 from bnjax.functional import BatchStats, fold
-from bnjax.layers import BatchNorm
+from bnjax.layers import BatchNorm, normalizes
 from bnjax.names import choose
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -99,7 +102,7 @@ class MLP(nn.Module):
         """
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"dropout_rate is {self.dropout_rate}: expected in [0, 1)")
-        x = x.reshape(len(x), math.prod(x.shape[1:]))
+        x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
         features = []
         for size in self.hidden_sizes:
             x = self._dense(size, x)
@@ -116,13 +119,14 @@ class MLP(nn.Module):
         return nn.Dense(size, kernel_init=self.kernel_init, bias_init=bias_init)(x)
 
 
-def fold_batch_norm(model: MLP, variables: dict[str, Any]) -> tuple[MLP, dict[str, Any]]:
+def fold_batch_norm(model: MLP, variables: Mapping[str, Any]) -> tuple[MLP, dict[str, Any]]:
     """The same network in evaluation mode, without batch normalization.
 
-    Each normalization is merged into the Dense layer before it (`bnjax.functional.fold`).
+    Each normalization is merged into the Dense layer before it (`bnjax.functional.fold`), with its
+    own epsilon, and with scale and bias where it has them.
 
     Args:
-        model: with `use_batch_norm=True`.
+        model: with `use_batch_norm=True`, whose layers are `bnjax.BatchNorm` or Flax's.
         variables: its parameters and running statistics.
 
     Returns:
@@ -144,18 +148,39 @@ def fold_batch_norm(model: MLP, variables: dict[str, Any]) -> tuple[MLP, dict[st
     """
     if not model.use_batch_norm:
         raise ValueError("the model has use_batch_norm=False: there is nothing to fold")
-    params, stats = variables["params"], variables.get("batch_stats", {})
-    depth = len(model.hidden_sizes)
-    dense_names, norm_names = ({f"{n}_{k}" for k in range(depth)} for n in ("Dense", "BatchNorm"))
-    last = f"Dense_{depth}"
-    wrong = (set(params) ^ {*dense_names, *norm_names, last}) | (set(stats) ^ norm_names)
-    if wrong:
+    own, norms = _initialize(model, variables)
+    if len(norms) != len(model.hidden_sizes) or any(len(norm.path) > 1 for norm in norms):
+        raise ValueError("the model normalizes by other layers than BatchNorm: none can be folded")
+    expected, given = (set(flatten_dict(one)) for one in (own, variables))
+    if wrong := {path[1] for path in expected ^ given if path[-1] != "count"}:
         told = ", ".join(sorted(wrong))
         raise ValueError(f"the variables are not those of the model; missing or surplus: {told}")
-    folded = {last: params[last]}
-    for k in range(depth):
-        dense, norm = params[f"Dense_{k}"], params[f"BatchNorm_{k}"]
-        running = BatchStats(**stats[f"BatchNorm_{k}"])
-        kernel, bias = fold(dense["kernel"], dense["bias"], norm["scale"], norm["bias"], running)
+    params, stats = variables["params"], variables.get("batch_stats", {})
+    folded = {name: layer for name, layer in params.items() if name.startswith("Dense_")}
+    for k, norm in enumerate(norms):
+        dense, affine = folded[f"Dense_{k}"], params.get(norm.name, {})
+        kernel, bias = fold(
+            dense["kernel"],
+            dense["bias"],
+            affine.get("scale"),
+            affine.get("bias"),
+            BatchStats(**stats[norm.name]),
+            norm.epsilon,
+        )
         folded[f"Dense_{k}"] = {"kernel": kernel, "bias": bias}
     return model.clone(use_batch_norm=False), {"params": folded}
+
+
+def _initialize(model: MLP, variables: Mapping[str, Any]) -> tuple[Any, list[nn.Module]]:
+    """The shapes of fresh variables, and the layers that normalize, from the input on."""
+    norms: list[nn.Module] = []
+
+    def note(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        if normalizes(context):
+            norms.append(context.module)
+        return next_fun(*args, **kwargs)
+
+    kernel = variables["params"].get("Dense_0", {}).get("kernel", jnp.zeros((1, 1)))
+    images = jax.ShapeDtypeStruct((2, kernel.shape[0]), jnp.float32)
+    with nn.intercept_methods(note):
+        return jax.eval_shape(partial(model.init, train=True), jax.random.key(0), images), norms

@@ -22,7 +22,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from bnjax.layers import BatchNorm, features_last
+from bnjax.layers import features_last, normalizes
 from bnjax.moments import Moments, centre, check_sample_count, merge, statistics_dtype
 from bnjax.training import AnyArray, to_float
 
@@ -168,7 +168,7 @@ def _replace(
         )
     passes = (layer_by_layer and _paths(module, variables, batches)) or [None]
     for path in passes:
-        measure = jax.jit(partial(_measure, module, path))
+        measure = _compile(module, path)
         found = [measure(variables, _images(batch)) for batch in batches]
         if not (found and found[0]):
             what = "batch normalization in the module" if found else "batch"
@@ -189,7 +189,7 @@ def _paths(
     paths: list[Path | None] = []
 
     def note(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        if _normalizes(context) and context.module.path not in paths:
+        if normalizes(context) and context.module.path not in paths:
             paths.append(context.module.path)
         return next_fun(*args, **kwargs)
 
@@ -200,7 +200,22 @@ def _paths(
 
 
 def _images(batch: Any) -> AnyArray:
-    return to_float(batch[0] if isinstance(batch, tuple | list) else batch)
+    images = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not hasattr(images, "dtype"):
+        raise ValueError(
+            f"a batch is a {type(batch).__name__}: expected an array of images, or a tuple or list "
+            "that begins with one"
+        )
+    return to_float(images)
+
+
+def _compile(module: nn.Module, only: Path | None) -> Callable[[Variables, AnyArray], Any]:
+    """`_measure`, compiled once for a module; each time for one with fields that have no hash."""
+    try:
+        hash(module)
+    except TypeError:
+        return jax.jit(partial(_measure, module, only))
+    return partial(_measure_once, module, only)
 
 
 def _measure(
@@ -210,7 +225,7 @@ def _measure(
 
     def substitute(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         layer = context.module
-        if _normalizes(context) and only in (None, layer.path):
+        if normalizes(context) and only in (None, layer.path):
             x = args[0] if args else kwargs["x"]
             moments, rest = _moments(x, layer.axis, kwargs.get("mask"))
             calls = layer.get_variable("batch_stats", "calls", ())
@@ -223,6 +238,9 @@ def _measure(
         _, found = module.apply(variables, images, train=False, mutable=["batch_stats"])
     stats = flatten_dict(found.get("batch_stats", {}))
     return {path[:-1]: calls for path, calls in stats.items() if path[-1] == "calls"}
+
+
+_measure_once = jax.jit(_measure, static_argnames=("module", "only"))
 
 
 def _moments(x: Array, axis: int | Sequence[int], mask: Array | None) -> tuple[Moments, Array]:
@@ -245,12 +263,6 @@ def _exact(moments: Moments, rest: Array) -> Moments:
     if (count < 2).any():
         raise ValueError("a batch has fewer than 2 valid samples per feature: leave it out")
     return Moments(mean + left_out, var, count)
-
-
-def _normalizes(context: Any) -> bool:
-    return context.method_name == "__call__" and isinstance(
-        context.module, BatchNorm | nn.BatchNorm
-    )
 
 
 def _average(batches: list[Moments]) -> Moments:

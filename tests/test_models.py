@@ -1,6 +1,8 @@
 import re
 from collections import Counter
+from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import optax
 import pytest
 from reference import relative_error
 
-from bnjax import initializers, models, training
+from bnjax import BatchNorm, initializers, models, training
 
 KEY = jax.random.key(0)
 
@@ -221,3 +223,34 @@ def test_fold_of_no_hidden_layer_changes_nothing():
     variables = models.MLP((), 3).init(KEY, normal((2, 4)), train=True)
     _, folded = models.fold_batch_norm(models.MLP((), 3), variables)
     assert folded["params"]["Dense_0"] is variables["params"]["Dense_0"]
+
+
+@pytest.mark.parametrize(
+    ("use_scale", "use_bias"), [(True, True), (True, False), (False, True), (False, False)]
+)
+@pytest.mark.parametrize(
+    ("layer", "momentum"), [(BatchNorm, 0.9), (BatchNorm, None), (nn.BatchNorm, 0.9)]
+)
+@pytest.mark.parametrize("epsilon", [1e-3, 0.5])
+def test_folding_uses_the_settings_of_the_layers(layer, momentum, epsilon, use_scale, use_bias):
+    norm = partial(layer, momentum=momentum, epsilon=epsilon)
+    norm = partial(norm, use_scale=use_scale, use_bias=use_bias)
+    model, x = models.MLP((6, 5), 3, batch_norm=norm), normal((40, 7))
+    variables = model.init(KEY, x, train=True)
+    _, updates = model.apply(variables, 3 * x, train=True, mutable=["batch_stats"])
+    params = jax.tree.map(lambda a: a + 0.1 * normal(a.shape), variables["params"])
+    variables = {"params": params, **updates}
+    folded, merged = models.fold_batch_norm(model, variables)
+    found = folded.apply(merged, x, train=False)
+    assert relative_error(found, model.apply(variables, x, train=False)) < 1e-6
+    other = model.clone(batch_norm=partial(norm, epsilon=1e-5))
+    assert relative_error(found, other.apply(variables, x, train=False)) > 1e-4
+
+
+def test_other_normalizations_are_not_folded():
+    def norm(use_running_average):
+        return nn.LayerNorm()
+
+    model = models.MLP((6,), 3, batch_norm=norm)
+    with pytest.raises(ValueError, match="other layers than BatchNorm: none can be folded"):
+        models.fold_batch_norm(model, model.init(KEY, normal((4, 7)), train=True))

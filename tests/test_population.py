@@ -1,5 +1,5 @@
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import chex
 import flax.linen as nn
@@ -10,6 +10,7 @@ import pytest
 from reference import relative_error
 
 import bnjax
+from bnjax.layers import BatchNorm
 from bnjax.models import MLP
 from bnjax.population import algorithm_2, estimate, gap
 from bnjax.torch_interop import from_torch, to_torch
@@ -330,3 +331,58 @@ def test_gap_of_other_networks_is_refused():
     ]
     with pytest.raises(ValueError, match="differ in their layers: BatchNorm_1"):
         gap(*variables)
+
+
+class Counted(nn.Module):
+    """Notes each time that it is traced; `table` may be what has no hash."""
+
+    traced: ClassVar[list[tuple[int, ...]]] = []
+    table: Any = None
+
+    @nn.compact
+    def __call__(self, x, train):
+        self.traced.append(x.shape)
+        x = BatchNorm(use_running_average=not train)(nn.Dense(3)(x))
+        return x if self.table is None else x + self.table
+
+
+@pytest.mark.parametrize("method", [estimate, algorithm_2])
+def test_a_module_is_compiled_once_for_each_shape(method):
+    batches = drifting(UNEQUAL, 4, dtype=np.float32)
+    variables = Counted().init(KEY, batches[0], train=True)
+    expected = method(Counted(), variables, batches)
+    Counted.traced.clear()
+    for _ in range(3):
+        chex.assert_trees_all_equal(method(Counted(), variables, batches), expected)
+    assert Counted.traced == []
+    method(Counted(), variables, [normal((30 + len(method.__name__), 4), dtype=np.float32)])
+    assert len(Counted.traced) == 1
+
+
+def test_a_module_without_a_hash_is_measured_all_the_same():
+    batches = drifting(EQUAL, 4, dtype=np.float32)
+    module = Counted(table=np.zeros((1, 3), np.float32))
+    variables = module.init(KEY, batches[0], train=True)
+    with pytest.raises(TypeError):
+        hash(module)
+    found = estimate(module, variables, batches)
+    chex.assert_trees_all_equal(found, estimate(Counted(), variables, batches))
+
+
+@pytest.mark.parametrize("layer_by_layer", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "told"),
+    [
+        ({"image": np.ones((4, 4), np.float32)}, "a batch is a dict: expected an array of images"),
+        ("batch", "a batch is a str: expected an array of images"),
+        ((), "a batch is a tuple: .*, or a tuple or list that begins with one$"),
+        ([[0.5, 0.25], [0.0, 1.0]], "a batch is a list: expected an array of images"),
+        (np.ones((4, 4), np.int64), r"images are int64\[4, 4\]: .* uint8 in 0..255"),
+        ((np.ones((4, 4), bool), np.ones(4)), r"images are bool\[4, 4\]: .* uint8 in 0..255"),
+    ],
+)
+def test_batches_that_are_no_images_are_refused(batch, told, layer_by_layer):
+    model = MLP((6,), 3)
+    variables = model.init(KEY, jnp.ones((2, 4)), train=True)
+    with pytest.raises(ValueError, match=told):
+        estimate(model, variables, [batch], layer_by_layer=layer_by_layer)
