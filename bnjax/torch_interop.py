@@ -1,4 +1,4 @@
-"""PyTorch's weights and ours: `state_dict` of an `nn.Sequential` of layers <-> Flax variables.
+"""PyTorch's weights and ours: a `state_dict` of Linear and BatchNorm1d layers <-> Flax variables.
 
 PyTorch's Linear keeps its kernel as [out, in], Flax's Dense as [in, out]. PyTorch's BatchNorm1d
 calls the scale `weight`; its `num_batches_tracked` is `count` in `batch_stats`, which
@@ -7,8 +7,9 @@ tensors are taken too, but PyTorch itself is never imported.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from itertools import combinations, pairwise, permutations
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,36 +17,46 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax.models import MLP
 
-Shape = tuple[int | None, ...]
+BATCH_NORM = {
+    "weight": ("params", "scale"),
+    "bias": ("params", "bias"),
+    "running_mean": ("batch_stats", "mean"),
+    "running_var": ("batch_stats", "var"),
+    "num_batches_tracked": ("batch_stats", "count"),
+}
+"""What PyTorch calls the arrays of a BatchNorm1d, and where Flax keeps them."""
 
+Layer = Mapping[str, np.ndarray]
+"""A layer that is found, by PyTorch's names of its arrays."""
 
-class Entry(NamedTuple):
-    """One array: PyTorch's key, where Flax keeps it, and PyTorch's shape (None for any length)."""
-
-    key: str
-    path: tuple[str, str, str]
-    shape: Shape
+Slot = Mapping[str, tuple[tuple[str, str, str], tuple[int, ...]]]
+"""A layer that is expected: Flax's path and PyTorch's shape of each array, -1 for any length."""
 
 
 def from_torch(state_dict: Mapping[str, Any], model: MLP) -> dict[str, Any]:
     """Variables of `model` from the weights of the same network in PyTorch.
 
-    Layers are matched in the order of their numbers or, if they have none, as they come, whatever
-    their names: the entries of one share what stands before the last dot, as in
-    `"features.0.weight"`.
+    What stands before a key's last dot names the layer. Two names are compared where they first
+    differ: numbers there tell which layer comes first, as `fc2` before `fc10` and `block.0.out`
+    before `block.1.fc`; text, as in `fc1` and `out`, tells nothing, and kinds and shapes of the
+    layers must leave no choice. The order of the mapping never counts.
 
     Args:
         state_dict: `{"0.weight": [out, in], "0.bias": [out], "1.running_mean": [C], ...}` of
-            Linear and, with `use_batch_norm`, BatchNorm1d layers, as arrays or CPU tensors.
-        model: whose `hidden_sizes`, `num_classes` and `use_batch_norm` say what is expected.
+            Linear and, with `use_batch_norm`, BatchNorm1d layers, as arrays or CPU tensors. There
+            may be no bias in a Linear (it becomes 0), neither weight nor bias in a BatchNorm1d
+            (`affine=False`; they become 1 and 0), and no `num_batches_tracked` (and no `count`).
+        model: whose `hidden_sizes`, `num_classes`, `use_batch_norm` and `batch_norm` say what is
+            expected.
 
     Returns:
         `{"params": ..., "batch_stats": ...}`, copies as NumPy arrays of the dtypes they came with.
 
     Raises:
         TypeError: if `state_dict` is no mapping from names; files are never opened or unpickled.
-        ValueError: naming all missing and surplus keys and all wrong shapes, or a value that is no
-            array of numbers.
+        ValueError: naming layers whose order is not known, or all missing and surplus keys and all
+            wrong shapes, or, where nothing tells which layers are meant, all that were found and
+            expected; or a value that is no array of numbers.
 
     Source: `torch.nn.Linear`, `torch.nn.BatchNorm1d`, section Variables of their documentation.
 
@@ -60,33 +71,43 @@ def from_torch(state_dict: Mapping[str, Any], model: MLP) -> dict[str, Any]:
             f"state_dict is a {type(state_dict).__name__}: expected a mapping from names to "
             "arrays, as module.state_dict() gives"
         )
-    given = {key: _to_numpy(key, value) for key, value in state_dict.items()}
-    names = list(dict.fromkeys(key.rpartition(".")[0] for key in given))
-    numbered = [re.fullmatch(r"(.*?)(\d+)", name) for name in names]
-    if len({match and match[1] for match in numbered}) == 1 and None not in numbered:
-        names.sort(key=lambda name: int(re.findall(r"\d+", name)[-1]))
-    expected = _entries((*model.hidden_sizes, model.num_classes), model.use_batch_norm, names)
-    keys = [entry.key for entry in expected]
-    problems = {
-        "missing": [key for key in keys if key not in given],
-        "surplus": [key for key in given if key not in keys],
-        "of wrong shape": [
-            f"{key} {list(given[key].shape)} (expected {_describe(shape)})"
-            for key, _, shape in expected
-            if key in given and not _fits(given[key].shape, shape)
-        ],
-    }
-    if any(problems.values()):
-        told = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in problems.items() if keys)
+    layers: dict[str, dict[str, np.ndarray]] = {}
+    faults: dict[str, list[str]] = {"missing": [], "surplus": [], "of wrong shape": []}
+    for key, value in state_dict.items():
+        array, (name, dot, leaf) = _to_numpy(key, value), key.rpartition(".")
+        if leaf in BATCH_NORM:
+            layers.setdefault(name + dot, {})[leaf] = array
+        else:
+            faults["surplus"].append(key)
+    affine = None
+    if model.use_batch_norm:
+        norm, x = model.batch_norm(use_running_average=True), np.zeros((1, 1), np.float32)
+        affine = jax.eval_shape(lambda: norm.init(jax.random.key(0), x)).get("params", {})
+    slots = _slots((*model.hidden_sizes, model.num_classes), affine)
+    matched = dict(zip(_match(layers, slots), slots.values(), strict=True))
+    for name in {**matched, **layers}:
+        for what, key in _faults(name, layers.get(name, {}), matched.get(name, {})):
+            faults[what].append(key)
+    if any(faults.values()):
+        told = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in faults.items() if keys)
         raise ValueError(f"the state_dict does not fit the model: {told}")
-    return unflatten_dict({path: given[key].T for key, path, _ in expected})
+    variables = {}
+    for name, slot in matched.items():
+        layer = layers[name]
+        dtype = layer["running_mean" if "running_mean" in slot else "weight"].dtype
+        for leaf, (path, shape) in slot.items():
+            if leaf in layer:
+                variables[path] = layer[leaf].T
+            elif leaf != "num_batches_tracked":
+                variables[path] = np.full(shape, leaf == "weight", dtype)
+    return unflatten_dict(variables)
 
 
 def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The `state_dict` of `nn.Sequential(Linear, BatchNorm1d, activation, ..., Linear)`.
 
-    Without batch normalization that of `nn.Sequential(Linear, activation, ..., Linear)`. Layers
-    with other names take the values in the same order:
+    Without batch normalization that of `nn.Sequential(Linear, activation, ..., Linear)`. A module
+    with other names that lists its layers in this order takes
     `dict(zip(module.state_dict(), to_torch(variables).values()))`.
 
     Args:
@@ -94,7 +115,8 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
     Returns:
         Copies as NumPy arrays, to be loaded with
-        `module.load_state_dict({key: torch.tensor(value) for key, value in ....items()})`. Where
+        `module.load_state_dict({key: torch.tensor(value) for key, value in ....items()})`. The
+        scale and bias that normalization lacks are left out, as with `affine=False`. Where
         `batch_stats` has no `count`, `num_batches_tracked` is 0, with which PyTorch's momentum of
         0.1 has nothing to do.
 
@@ -114,52 +136,121 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     depth = sum(layer.startswith("Dense_") for layer in layers)
     kernels = [given.get(("params", f"Dense_{k}", "kernel")) for k in range(depth)]
     sizes = [0 if kernel is None else kernel.shape[-1] for kernel in kernels]
-    use_batch_norm = any(layer.startswith("BatchNorm_") for layer in layers)
-    expected = _entries(sizes, use_batch_norm)
-    for _, path, _ in expected:
+    normalized = [path[-1] for path in given if path[1].startswith("BatchNorm_")]
+    slots = _slots(sizes, normalized or None)
+    expected = {slot[leaf][0]: name + leaf for name, slot in slots.items() for leaf in slot}
+    for path in expected:
         if path[-1] == "count":
             given.setdefault(path, 0)
-    wrong = set(given) ^ {path for _, path, _ in expected}
+    wrong = set(given) ^ set(expected)
     if wrong or not depth:
         told = ", ".join(sorted("/".join(path) for path in wrong)) or "there is no Dense_0"
         raise ValueError(f"the variables are not those of an MLP; missing or surplus: {told}")
     return {
         key: np.array(given[path], np.int64 if path[-1] == "count" else None).T
-        for key, path, _ in expected
+        for path, key in expected.items()
     }
 
 
-def _entries(sizes: Sequence[int], use_batch_norm: bool, names: Sequence[str] = ()) -> list[Entry]:
-    """All entries of an MLP in PyTorch's order; `names` are the layers' own, in their order."""
-    step = 3 if use_batch_norm else 2
-    layers: dict[str, tuple[str, list[tuple[str, str, str, Shape]]]] = {}
-    fan_in = None
-    for k, size in enumerate(sizes):
-        layers[f"{step * k}"] = (
-            f"Dense_{k}",
-            [
-                ("weight", "params", "kernel", (size, fan_in)),
-                ("bias", "params", "bias", (size,)),
-            ],
-        )
-        if use_batch_norm and k + 1 < len(sizes):
-            layers[f"{step * k + 1}"] = (
-                f"BatchNorm_{k}",
-                [
-                    ("weight", "params", "scale", (size,)),
-                    ("bias", "params", "bias", (size,)),
-                    ("running_mean", "batch_stats", "mean", (size,)),
-                    ("running_var", "batch_stats", "var", (size,)),
-                    ("num_batches_tracked", "batch_stats", "count", ()),
-                ],
+def _slots(sizes: Sequence[int], affine: Collection[str] | None) -> dict[str, Slot]:
+    """The layers of an MLP by their names in `nn.Sequential`; `affine` is what normalization has of
+    scale and bias, or None without normalization."""
+    step = 2 if affine is None else 3
+    slots: dict[str, Slot] = {}
+    for k, (fan_in, size) in enumerate(pairwise([-1, *sizes])):
+        slots[f"{step * k}."] = {
+            "weight": (("params", f"Dense_{k}", "kernel"), (size, fan_in)),
+            "bias": (("params", f"Dense_{k}", "bias"), (size,)),
+        }
+        if affine is not None and k + 1 < len(sizes):
+            slots[f"{step * k + 1}."] = {
+                key: ((collection, f"BatchNorm_{k}", leaf), () if leaf == "count" else (size,))
+                for key, (collection, leaf) in BATCH_NORM.items()
+                if collection == "batch_stats" or leaf in affine
+            }
+    return slots
+
+
+def _faults(name: str, layer: Layer, slot: Slot) -> list[tuple[str, str]]:
+    """Why a layer is not the one expected: what is the matter, and with which key."""
+    optional = {"num_batches_tracked"}
+    if "running_mean" not in slot:
+        optional |= {"bias"}
+    elif not layer.keys() & {"weight", "bias"}:
+        optional |= {"weight", "bias"}
+    faults = []
+    for leaf, (_, expected) in slot.items():
+        shape = layer[leaf].shape if leaf in layer else expected
+        if leaf not in layer and (leaf not in optional or not layer):
+            faults.append(("missing", name + leaf))
+        if len(shape) != len(expected) or any(
+            b not in (a, -1) for a, b in zip(shape, expected, strict=True)
+        ):
+            told = f"{name}{leaf} {_show(shape)} (expected {_show(expected)})"
+            faults.append(("of wrong shape", told))
+    return faults + [("surplus", name + leaf) for leaf in layer if leaf not in slot]
+
+
+def _match(layers: Mapping[str, Layer], slots: Mapping[str, Slot]) -> list[str]:
+    """The layers' names in the order of the slots; if not all fit, as they seem to be meant."""
+    nearest, fitting = {}, {}
+    for name, layer in layers.items():
+        faults = [len(_faults(name, layer, slot)) for slot in slots.values()]
+        nearest[name] = {k for k, number in enumerate(faults) if number == min(faults)}
+        if min(faults) == 0:
+            fitting[name] = nearest[name]
+    anywhere = {name: set(range(len(slots))) for name in layers}
+    for options in (nearest, fitting, anywhere):
+        places = _narrow(options) if len(options) == len(slots) else {}
+        if places and all(len(ks) == 1 for ks in places.values()):
+            return sorted(places, key=lambda name: min(places[name]))
+        if places and options == fitting:
+            undecided = ", ".join(name[:-1] for name, ks in places.items() if len(ks) > 1)
+            raise ValueError(
+                f"the order of the layers {undecided} is not known from the numbers in their "
+                "names, and their shapes fit more than one order: rename them with numbers, as in "
+                "fc1, fc2"
             )
-        fan_in = size
-    own = len(names) == len(layers)
-    return [
-        Entry(f"{name}.{key}".lstrip("."), (collection, layer, leaf), shape)
-        for name, (layer, entries) in zip(names if own else layers, layers.values(), strict=True)
-        for key, collection, leaf, shape in entries
-    ]
+    prefixes = {re.sub(r"\d+\.$", "", name) for name in layers}
+    names = [(min(prefixes) if len(prefixes) == 1 else "") + name for name in slots]
+    if set(layers) < set(names) or set(layers) > set(names):
+        return names
+    found = (f"{name}{max(one)} {_show(one[max(one)].shape)}" for name, one in layers.items())
+    expected = (f"{max(one)} {_show(one[max(one)][1])}" for one in slots.values())
+    raise ValueError(
+        f"the state_dict does not fit the model: found {', '.join(found)}, expected, in the order "
+        f"of the numbers in their names, {', '.join(expected)}"
+    )
+
+
+def _narrow(options: Mapping[str, set[int]]) -> dict[str, set[int]]:
+    """The places left to each name by the numbers in the names, by names that have only one place,
+    and by places that only one name can take; `{}` if a name has none."""
+    # Text and numbers in turn, beginning with text.
+    parts = {a: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", a)] for a in options}
+    names = sorted(options, key=parts.__getitem__)
+    pairs = []
+    for a, b in combinations(names, 2):
+        first = next((p for p, q in zip(parts[a], parts[b], strict=False) if p != q), "")
+        pairs += [(a, b)][: isinstance(first, int)]
+    places, before = {name: options[name] for name in names}, dict[str, set[int]]()
+    while places != before and all(places.values()):
+        before = dict(places)
+        for a, b in pairs:
+            places[b] = {k for k in places[b] if k > min(places[a], default=k)}
+        for a, b in reversed(pairs):
+            places[a] = {k for k in places[a] if k < max(places[b], default=k)}
+        for a, b in permutations(names, 2):
+            if len(places[a]) == 1:
+                places[b] = places[b] - places[a]
+        for k in range(len(names)):
+            if len(takers := [name for name in names if k in places[name]]) == 1:
+                places[takers[0]] = {k}
+    return places if all(places.values()) else {}
+
+
+def _show(shape: tuple[int, ...]) -> str:
+    return str(list(shape)).replace("-1", "any")
 
 
 def _to_numpy(key: str, value: Any) -> np.ndarray:
@@ -173,13 +264,3 @@ def _to_numpy(key: str, value: Any) -> np.ndarray:
     if not any(jax.dtypes.issubdtype(array.dtype, kind) for kind in (np.integer, np.floating)):
         raise ValueError(f"{key} is of dtype {array.dtype}: expected numbers")
     return array.copy()
-
-
-def _fits(shape: tuple[int, ...], expected: Shape) -> bool:
-    return len(shape) == len(expected) and all(
-        b in (a, None) for a, b in zip(shape, expected, strict=True)
-    )
-
-
-def _describe(shape: Shape) -> str:
-    return f"[{', '.join('any' if size is None else str(size) for size in shape)}]"
