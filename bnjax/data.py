@@ -3,26 +3,32 @@
 `load` looks in this order, and the first place that has the dataset serves it:
 
 1. the directory given, or `$BNJAX_DATA_DIR`: the four IDX files, gzipped or not, lying flat or as
-   torchvision arranges them, or a dataset that TFDS prepared there;
+   torchvision or Kaggle arranges them, or a dataset that TFDS prepared there;
 2. a dataset that TFDS prepared in its own directory, as ArrayRecord;
 3. `$XDG_CACHE_HOME/bnjax/datasets`, filled by a download the first time.
 
 A directory that was named is never passed over: if it lacks the dataset, that is an error.
+
+Of several names of one file the first counts: `train-images-idx3-ubyte`, the same with `.gz`,
+`train-images.idx3-ubyte`, and that with `.gz`. A directory of such a name, as Kaggle's archive has
+it, counts only where there is no file, for the file of the same name inside.
 """
 
+import contextlib
+import difflib
 import hashlib
 import os
 import tempfile
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from bnjax import download, prepared
+from bnjax import download, idx, prepared
 from bnjax.errors import DataError, DataWarning, DownloadError
-from bnjax.idx import read_images, read_labels
 from bnjax.names import choose
 
 FILES = (
@@ -89,6 +95,12 @@ SOURCES = {
             "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
             "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
             "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+        ),
+        unzipped_sha256=(
+            "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+            "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+            "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+            "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
         ),
     ),
     "kmnist": Source(
@@ -164,9 +176,11 @@ def fingerprint(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def cache_directory() -> Path:
-    """`$XDG_CACHE_HOME/bnjax`, by default `~/.cache/bnjax`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bnjax"
+def cache_directory() -> Path | None:
+    """`$XDG_CACHE_HOME/bnjax`, by default `~/.cache/bnjax`; None for a user without a home."""
+    with contextlib.suppress(RuntimeError):
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bnjax"
+    return None
 
 
 def _from_directory(name: str, directory: Path) -> Dataset:
@@ -178,46 +192,70 @@ def _from_directory(name: str, directory: Path) -> Dataset:
             raise DataError(f"{directory}: {problem}; expected the IDX files of {name}")
         for place in places:
             present = {entry.name for entry in place.iterdir()} if place.is_dir() else set()
-            if any(f in present or f"{f}.gz" in present for f in FILES):
-                return _from_idx_files(name, place, present)
+            paths = {file: path for file in FILES if (path := _find(file, place, present))}
+            if paths:
+                return _from_idx_files(name, place, paths)
     except PermissionError as error:
-        raise DataError(f"{error.filename}: no permission to read this directory") from error
+        raise DataError(f"{error.filename}: no permission to read this path") from error
     except (OSError, RuntimeError) as error:
         raise DataError(f"{directory}: this directory cannot be read ({error})") from error
     if dataset := _prepared(name, directory):
         return dataset
     raise DataError(
         f"{directory}: {name} is not here; expected {FILES[0]}[.gz] and the other three IDX files "
-        f"there or in {places[1].relative_to(directory)}"
+        f"there or in {places[1].relative_to(directory)}{_near_miss(FILES, *places)}"
     )
 
 
-def _from_idx_files(name: str, directory: Path, present: set[str]) -> Dataset:
-    paths = []
+def _find(file: str, place: Path, present: set[str]) -> Path | None:
+    dotted = file.replace("-idx", ".idx")
+    names = (file, f"{file}.gz", dotted, f"{dotted}.gz")
+    paths = [place / name for name in names if name in present]
+    nested = [path / path.name for path in paths]
+    files = [path for path in paths + nested if path.is_file()]
+    return next(iter(files + paths), None)
+
+
+def _near_miss(missing: Collection[str], *places: Path) -> str:
+    """A hint at the first name there that is nearer to a missing file than to the others."""
+    for name in sorted(path.name for place in places for path in place.glob("[!.]*")):
+        for file in difflib.get_close_matches(name.lower(), FILES, n=1):
+            if file in missing:
+                return f"; if {name!r} is {file}, rename it"
+    return ""
+
+
+def _from_idx_files(name: str, directory: Path, paths: dict[str, Path]) -> Dataset:
     for file in FILES:
-        found = [f for f in (file, f"{file}.gz") if f in present]
-        if not found:
-            raise DataError(f"{directory}: {file}[.gz] is missing, though other files are there")
-        paths.append(directory / found[0])
-    for path in paths:
-        _refuse_foreign_file(name, path)
-    train_images, test_images = (read_images(path) for path in paths[::2])
-    train_labels, test_labels = (read_labels(path) for path in paths[1::2])
-    dataset = Dataset(name, train_images, train_labels, test_images, test_labels)
+        if file not in paths:
+            raise DataError(
+                f"{directory}: {file}[.gz] is missing, though other files are there"
+                f"{_near_miss([file], directory)}"
+            )
+    dataset = Dataset(name, *(_read_own(name, file, paths[file]) for file in FILES))
     _check_lengths(dataset, directory)
     return dataset
 
 
-def _refuse_foreign_file(name: str, path: Path) -> None:
-    digest = _sha256(path)
-    file = path.name.removesuffix(".gz")
+def _read_own(name: str, file: str, path: Path) -> np.ndarray:
+    """Reads a file, unless a checksum, its own or its content's, says that it is another one."""
+    digest, source = _sha256(path), SOURCES[name]
+    _refuse_foreign(name, file, path, digest)
+    values = idx.read_images(path) if "images" in file else idx.read_labels(path)
+    if digest not in source.sha256 + source.unzipped_sha256:  # perhaps gzipped anew
+        _refuse_foreign(name, file, path, idx.sha256(values))
+    return values
+
+
+def _refuse_foreign(name: str, file: str, path: Path, digest: str) -> None:
     for other, source in SOURCES.items():
         known = dict(zip(source.sha256, FILES, strict=True))
         known |= dict(zip(source.unzipped_sha256, FILES, strict=False))
         if digest in known and (other, known[digest]) != (name, file):
+            todo = "rename it" if other == name else f"choose --dataset {other} or replace the file"
             raise DataError(
                 f"{path}: by its checksum this is {known[digest]} of {other}, expected {file} of "
-                f"{name}"
+                f"{name}: {todo}"
             )
 
 
@@ -234,11 +272,8 @@ def _check_lengths(dataset: Dataset, directory: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    with idx.reading(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _prepared(name: str, directory: Path) -> Dataset | None:
@@ -251,9 +286,14 @@ def _prepared(name: str, directory: Path) -> Dataset | None:
 
 
 def _downloaded(name: str) -> Dataset:
-    source, directory = SOURCES[name], cache_directory() / "datasets" / name
+    source, cache = SOURCES[name], cache_directory()
     files = [f"{file}.gz" for file in FILES]
     try:
+        if cache is None:
+            raise DataError(
+                "there is no home directory to keep it in and $XDG_CACHE_HOME is not set"
+            )
+        directory = cache / "datasets" / name
         directory.mkdir(parents=True, exist_ok=True)
         missing = [
             (source.url + file, size, sha256)
@@ -268,7 +308,7 @@ def _downloaded(name: str) -> Dataset:
             f"{name} cannot be downloaded: {error}; put its four IDX files into a directory and "
             "name that with --data-dir or $BNJAX_DATA_DIR"
         ) from error
-    return _from_idx_files(name, directory, set(files))
+    return _from_idx_files(name, directory, {file: directory / f"{file}.gz" for file in FILES})
 
 
 def _digits() -> Dataset:

@@ -1,21 +1,26 @@
 """The IDX file format of the MNIST family, read with every claim of the header checked.
 
 An IDX file is two zero bytes, a type code (8 for unsigned bytes), the number of axes, one
-big-endian 32-bit length per axis, and the values. Files may be gzipped.
+big-endian 32-bit length per axis, and the values. Files may be gzipped: their first two bytes
+tell, not their names, since browsers unpack what they save and other tools drop a `.gz`.
 """
 
+import contextlib
 import gzip
+import hashlib
 import math
 import struct
 import zlib
+from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 from bnjax.errors import DataError
 
 UNSIGNED_BYTE = 8
+GZIP = b"\x1f\x8b"
 
 # Deflate cannot pack more than 1,032 bytes into one (RFC 1951: 258 bytes in two bits).
 MAX_INFLATION = 1032
@@ -29,7 +34,7 @@ def read_images(path: Path) -> np.ndarray:
     """Reads gray images.
 
     Args:
-        path: an IDX file, gzipped if its name ends in `.gz`.
+        path: an IDX file, gzipped or not.
 
     Returns:
         `[N, 28, 28]` uint8.
@@ -50,7 +55,7 @@ def read_labels(path: Path) -> np.ndarray:
     """Reads class labels.
 
     Args:
-        path: an IDX file, gzipped if its name ends in `.gz`.
+        path: an IDX file, gzipped or not.
 
     Returns:
         `[N]` int32 in 0..9.
@@ -65,21 +70,36 @@ def read_labels(path: Path) -> np.ndarray:
     return labels
 
 
-def _read(path: Path, rank: int) -> np.ndarray:
-    zipped = path.suffix == ".gz"
-    if path.is_fifo() or path.is_char_device() or path.is_block_device():
-        raise DataError(f"{path}: cannot be read: it is a pipe or a device, expected a file")
+def sha256(values: np.ndarray) -> str:
+    """SHA-256 of the IDX file, not gzipped, that holds these images or labels."""
+    header = struct.pack(f">HBB{values.ndim}I", 0, UNSIGNED_BYTE, values.ndim, *values.shape)
+    digest = hashlib.sha256(header)
+    digest.update(np.ascontiguousarray(values, np.uint8).data)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[BufferedReader]:
+    """Opens a file; what goes wrong while it is read is a `DataError` that names it."""
     try:
-        with gzip.open(path) if zipped else path.open("rb") as file:
-            limit = path.stat().st_size * (MAX_INFLATION if zipped else 1)
-            return _parse(file, path, rank, limit)
+        if path.is_fifo() or path.is_char_device() or path.is_block_device():
+            raise DataError(f"{path}: cannot be read: it is a pipe or a device, expected a file")
+        with path.open("rb") as file:
+            yield file
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(f"{path}: corrupt or truncated gzip stream ({error})") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _parse(file: IO[bytes] | gzip.GzipFile, path: Path, rank: int, limit: int) -> np.ndarray:
+def _read(path: Path, rank: int) -> np.ndarray:
+    with reading(path) as file:
+        zipped = file.peek(2).startswith(GZIP)
+        limit = path.stat().st_size * (MAX_INFLATION if zipped else 1)
+        return _parse(gzip.GzipFile(fileobj=file) if zipped else file, path, rank, limit)
+
+
+def _parse(file: BufferedReader | gzip.GzipFile, path: Path, rank: int, limit: int) -> np.ndarray:
     header = file.read(4 + 4 * rank)
     magic = bytes([0, 0, UNSIGNED_BYTE, rank])
     if header[:4] != magic:
@@ -109,7 +129,7 @@ def _parse(file: IO[bytes] | gzip.GzipFile, path: Path, rank: int, limit: int) -
     return np.frombuffer(values, np.uint8).reshape(shape)
 
 
-def _read_up_to(file: IO[bytes] | gzip.GzipFile, size: int) -> bytearray:
+def _read_up_to(file: BufferedReader | gzip.GzipFile, size: int) -> bytearray:
     """Takes memory as the bytes come: a header may announce what does not follow."""
     values = bytearray()
     while part := file.read(min(CHUNK, size - len(values))):

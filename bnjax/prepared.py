@@ -14,7 +14,8 @@ Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 def default_directory() -> Path:
     """Where TFDS keeps its datasets: `$TFDS_DATA_DIR`, by default `~/tensorflow_datasets`."""
-    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    told = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return Path(os.path.expanduser(told))  # noqa: PTH111  Path.expanduser needs a home
 
 
 def read(name: str, directory: Path) -> Arrays | None:
@@ -33,7 +34,6 @@ def read(name: str, directory: Path) -> Arrays | None:
         DataError: if the prepared files are damaged or may not be read.
     """
     try:
-        directory = directory.expanduser()
         places = [info.parent for info in (directory / name).glob("*/dataset_info.json")]
         for place in sorted(places, key=_version, reverse=True):
             if arrays := _read_version(place):

@@ -1,7 +1,9 @@
 """Every place a dataset may lie in, and every way it may be wrong."""
 
 import contextlib
+import dataclasses
 import gzip
+import hashlib
 import io
 import os
 import shutil
@@ -19,7 +21,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from bnjax import download
-from bnjax.data import FILES, Dataset, fingerprint, load
+from bnjax.data import FILES, SOURCES, Dataset, fingerprint, load
 from bnjax.errors import DataError, DataWarning, DownloadError
 from bnjax.idx import read_images, read_labels
 
@@ -111,6 +113,62 @@ def test_four_idx_files_load(tmp_path, arrays, files, name, folder, zipped):
     assert_holds(dataset, arrays)
 
 
+def dotted(file: str) -> str:
+    return file.replace("-idx", ".idx")
+
+
+@pytest.mark.parametrize("folder", [".", "MNIST/raw"])
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [
+        (lambda file: file, gzip.compress),
+        (lambda file: f"{file}.gz", bytes),
+        (dotted, bytes),
+        (dotted, gzip.compress),
+        (lambda file: f"{dotted(file)}.gz", bytes),
+        (lambda file: f"{dotted(file)}.gz", gzip.compress),
+        (lambda file: f"{file}/{file}", bytes),
+        (lambda file: f"{dotted(file)}.gz/{dotted(file)}.gz", gzip.compress),
+        (lambda file: dotted(file) if "images" in file else f"{file}.gz", gzip.compress),
+    ],
+    ids=[
+        "gzipped without .gz",
+        "plain with .gz",
+        "dot",
+        "dot gzipped without .gz",
+        "dot plain with .gz",
+        "dot gzipped",
+        "inside a directory",
+        "dot gzipped inside a directory",
+        "mixed",
+    ],
+)
+def test_files_are_found_under_the_names_that_people_have(
+    tmp_path, arrays, files, folder, name, pack
+):
+    for file, content in files.items():
+        path = tmp_path / folder / name(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pack(content))
+    assert_holds(load("mnist", tmp_path), arrays)
+
+
+def test_first_of_several_names_counts(tmp_path, arrays, files):
+    """In this order: with a hyphen, that gzipped, with a dot, that gzipped, in a directory."""
+    (tmp_path / TRAIN_IMAGES).mkdir()
+    names = (f"{TRAIN_IMAGES}/{TRAIN_IMAGES}", f"{dotted(TRAIN_IMAGES)}.gz", dotted(TRAIN_IMAGES))
+    names += (f"{TRAIN_IMAGES}.gz",)
+    del files[TRAIN_IMAGES]
+    write(tmp_path, files)
+    for seed, name in enumerate(names, 1):
+        images = random_arrays(seed=seed)[0]
+        (tmp_path / name).write_bytes(idx(images))
+        assert_holds(load("mnist", tmp_path), (images, *arrays[1:]))
+    shutil.rmtree(tmp_path / TRAIN_IMAGES)
+    write(tmp_path, {TRAIN_IMAGES: idx(arrays[0])})
+    assert_holds(load("mnist", tmp_path), arrays)
+
+
 def test_torchvision_folders_of_several_datasets_lie_side_by_side(tmp_path, files):
     other = random_arrays(seed=1)
     write(tmp_path / "MNIST" / "raw", files)
@@ -171,6 +229,41 @@ def test_missing_file_is_named(tmp_path, files, folder, missing, name):
         load(name, tmp_path)
 
 
+NEAR_MISSES = [
+    ("train_images-idx3-ubyte", TRAIN_IMAGES),
+    ("Train-Images-idx3-ubyte", TRAIN_IMAGES),
+    ("emnist-digits-train-images-idx3-ubyte.gz", TRAIN_IMAGES),
+    ("TRAIN-LABELS.IDX1-UBYTE.GZ", TRAIN_LABELS),
+    ("train-labels-idx1-ubyte.gz.download", TRAIN_LABELS),
+    ("test-images-idx3-ubyte", TEST_IMAGES),
+    ("t10k-images-idx3-ubyte 2", TEST_IMAGES),
+    ("t10k-labels-idx1-ubyte (1).gz", TEST_LABELS),
+    ("t10k-labels", TEST_LABELS),
+]
+
+
+@pytest.mark.parametrize("folder", [".", "MNIST/raw"])
+@pytest.mark.parametrize("others", [True, False], ids=["beside the others", "alone"])
+@pytest.mark.parametrize(("near", "file"), NEAR_MISSES)
+def test_near_miss_is_named(tmp_path, files, near, file, others, folder):
+    content = files.pop(file)
+    write(tmp_path / folder, {**(files if others else {}), near: content, "README.md": b""})
+    with pytest.raises(DataError) as caught:
+        load("mnist", tmp_path)
+    assert str(caught.value).endswith(f"; if {near!r} is {file}, rename it")
+
+
+@pytest.mark.parametrize("others", [True, False], ids=["beside the others", "alone"])
+@pytest.mark.parametrize(
+    "far", ["README.md", "train.csv", "mnist.npz", "._train-images-idx3-ubyte"]
+)
+def test_nothing_else_is_taken_for_a_near_miss(tmp_path, files, far, others):
+    del files[TRAIN_IMAGES]
+    with pytest.raises(DataError, match=r"is missing, though|is not here") as caught:
+        load("mnist", write(tmp_path, {**(files if others else {}), far: b""}))
+    assert "rename" not in str(caught.value)
+
+
 @pytest.mark.parametrize("zipped", [(), FILES], ids=["plain", "gzipped"])
 @pytest.mark.parametrize(
     ("file", "damage", "message"),
@@ -179,7 +272,7 @@ def test_missing_file_is_named(tmp_path, files, folder, missing, name):
         (TEST_LABELS, lambda b: b"\1" + b[1:], "magic number 01000801, expected 00000801"),
         (TRAIN_LABELS, lambda _: idx(random_arrays()[0]), "magic number 00000803, expected 000008"),
         (TEST_IMAGES, lambda _: idx(random_arrays()[1]), "magic number 00000801, expected 000008"),
-        (TRAIN_IMAGES, lambda b: gzip.compress(b), "magic number 1f8b"),
+        (TRAIN_IMAGES, lambda b: gzip.compress(gzip.compress(b)), "magic number 1f8b"),
         (TRAIN_IMAGES, lambda _: b"", "magic number missing"),
         (TRAIN_IMAGES, lambda b: b[:3], "magic number 000008, expected"),
         (TRAIN_IMAGES, lambda b: b[:15], "truncated, the header ends after 15 bytes"),
@@ -212,14 +305,22 @@ def test_damaged_file_is_named_with_what_is_wrong(tmp_path, files, file, damage,
         lambda stream: stream[:10] + b"\xff" + stream[11:],
         lambda stream: stream[:-8] + bytes(8),
         lambda stream: stream + b"more",
-        gzip.decompress,
     ],
-    ids=["half", "cut", "flipped bit", "bad block", "bad checksum", "trailing bytes", "not gzip"],
+    ids=["half", "cut", "flipped bit", "bad block", "bad checksum", "trailing bytes"],
 )
-def test_damaged_gzip_stream_is_named(tmp_path, files, file, damage):
-    path = write(tmp_path, files, zipped=FILES) / f"{file}.gz"
-    path.write_bytes(damage(path.read_bytes()))
+@pytest.mark.parametrize("suffix", [".gz", ""])
+def test_damaged_gzip_stream_is_named(tmp_path, files, file, damage, suffix):
+    path = write(tmp_path, files) / f"{file}{suffix}"
+    (tmp_path / file).unlink()
+    path.write_bytes(damage(gzip.compress(files[file], 1)))
     with pytest.raises(DataError, match=f"{path}: corrupt or truncated gzip stream"):
+        load("mnist", tmp_path)
+
+
+def test_page_saved_as_a_gzipped_file_is_told_by_its_first_bytes(tmp_path, files):
+    del files[TRAIN_IMAGES]
+    (write(tmp_path, files) / f"{TRAIN_IMAGES}.gz").write_bytes(b"<!DOCTYPE html>")
+    with pytest.raises(DataError, match=r"\.gz: magic number 3c21444f, expected 00000803"):
         load("mnist", tmp_path)
 
 
@@ -269,6 +370,14 @@ def test_directory_in_place_of_a_file_is_named(tmp_path, files):
         load("mnist", tmp_path)
 
 
+@pytest.mark.parametrize("name", [TRAIN_IMAGES, f"{TRAIN_IMAGES}.gz", dotted(TRAIN_IMAGES)])
+def test_pipe_in_place_of_a_file_is_named(tmp_path, files, name):
+    del files[TRAIN_IMAGES]
+    os.mkfifo(write(tmp_path, files) / name)
+    with pytest.raises(DataError, match=f"{tmp_path}/{name}: cannot be read: it is a pipe"):
+        load("mnist", tmp_path)
+
+
 @pytest.mark.parametrize("read", [read_images, read_labels])
 def test_file_that_is_gone_is_named(tmp_path, read):
     with pytest.raises(DataError, match=f"{tmp_path}/gone: cannot be read: No such file"):
@@ -293,6 +402,86 @@ def test_file_without_permission_is_named(public_path, files):
         pytest.raises(DataError, match=f"{TEST_LABELS}: cannot be read: Permission denied"),
     ):
         load("mnist", public_path)
+
+
+def sha256(contents: list[bytes]) -> tuple[str, ...]:
+    return tuple(hashlib.sha256(content).hexdigest() for content in contents)
+
+
+@pytest.fixture
+def registered(monkeypatch, files):
+    """`files` as those of Fashion-MNIST, of which the official ones are gzipped."""
+    zipped = [gzip.compress(content, mtime=0) for content in files.values()]
+    source = dataclasses.replace(
+        SOURCES["fashion_mnist"], sha256=sha256(zipped), unzipped_sha256=sha256([*files.values()])
+    )
+    monkeypatch.setitem(SOURCES, "fashion_mnist", source)
+    return files
+
+
+PACKINGS = {
+    "official": lambda content: gzip.compress(content, mtime=0),
+    "unpacked": bytes,
+    "gzipped anew": lambda content: gzip.compress(content, 1, mtime=1),
+}
+
+
+@pytest.mark.parametrize("suffix", [".gz", ""])
+@pytest.mark.parametrize("pack", PACKINGS.values(), ids=PACKINGS)
+@pytest.mark.parametrize("name", ["auto", "mnist", "kmnist"])
+@pytest.mark.parametrize("file", FILES)
+def test_file_of_another_dataset_is_refused_with_its_name(
+    tmp_path, registered, file, name, pack, suffix
+):
+    own = idx_files(random_arrays(seed=1))
+    del own[file]
+    path = write(tmp_path, own) / f"{file}{suffix}"
+    path.write_bytes(pack(registered[file]))
+    with pytest.raises(DataError) as caught:
+        load(name, tmp_path)
+    assert str(caught.value) == (
+        f"{path}: by its checksum this is {file} of fashion_mnist, expected {file} of "
+        f"{'mnist' if name == 'auto' else name}: choose --dataset fashion_mnist or replace the file"
+    )
+
+
+@pytest.mark.parametrize("pack", PACKINGS.values(), ids=PACKINGS)
+def test_file_of_the_dataset_itself_is_read_however_packed(tmp_path, arrays, registered, pack):
+    for file, content in registered.items():
+        (tmp_path / f"{file}.gz").write_bytes(pack(content))
+    assert_holds(load("fashion_mnist", tmp_path), arrays)
+
+
+@pytest.mark.parametrize("kind", ["images-idx3-ubyte", "labels-idx1-ubyte"])
+@pytest.mark.parametrize("pack", PACKINGS.values(), ids=PACKINGS)
+def test_training_and_test_files_swapped_are_to_be_renamed(tmp_path, registered, pack, kind):
+    train, test = f"train-{kind}", f"t10k-{kind}"
+    registered[train], registered[test] = registered[test], registered[train]
+    for file, content in registered.items():
+        (tmp_path / file).write_bytes(pack(content))
+    with pytest.raises(DataError) as caught:
+        load("fashion_mnist", tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / train}: by its checksum this is {test} of fashion_mnist, expected {train} of "
+        "fashion_mnist: rename it"
+    )
+
+
+@pytest.fixture
+def fashion_directory(mnist_directory) -> Path:
+    """The real Fashion-MNIST, where it lies beside the real MNIST."""
+    directory = mnist_directory.with_name("fashion_mnist")
+    if not directory.is_dir():
+        pytest.skip(f"the real Fashion-MNIST is not at {directory}")
+    return directory
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+def test_checksums_of_the_real_files(name, mnist_directory, fashion_directory):
+    directory = mnist_directory if name == "mnist" else fashion_directory
+    zipped = [(directory / f"{file}.gz").read_bytes() for file in FILES]
+    assert SOURCES[name].sha256 == sha256(zipped)
+    assert SOURCES[name].unzipped_sha256 == sha256([*map(gzip.decompress, zipped)])
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["gzipped", "plain"])

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import http.server
 import os
+import pwd
 import shutil
 import socket
 import sys
@@ -22,6 +23,7 @@ from made_up import idx
 from bnjax import download
 from bnjax.data import FILES, SOURCES, Dataset, DataWarning, cache_directory, load
 from bnjax.errors import DownloadError
+from experiments import devices, mnist_bn, reproduce, sweep
 
 ZIPPED = [f"{file}.gz" for file in FILES]
 NOBODY = 65534
@@ -326,6 +328,63 @@ def test_file_in_place_of_the_cache_is_named(server, monkeypatch, tmp_path):
     with pytest.warns(DataWarning, match=f"{tmp_path}/cache.*digits"):
         assert load("auto").name == "digits"
     assert server.requested == []
+
+
+@pytest.fixture
+def no_home(monkeypatch):
+    """As in a container whose user has neither `$HOME` nor an entry in passwd."""
+
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    for name in ("HOME", "XDG_CACHE_HOME", "TFDS_DATA_DIR"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(RuntimeError):
+        Path.home()
+
+
+@pytest.mark.usefixtures("no_home")
+def test_without_a_home_there_is_no_place_for_a_download(server):
+    message = (
+        r"mnist cannot be downloaded: there is no home directory to keep it in and "
+        r"\$XDG_CACHE_HOME is not set; put its four IDX files .*--data-dir"
+    )
+    with pytest.raises(DownloadError, match=message):
+        load("mnist")
+    with pytest.warns(DataWarning, match=message) as warned:
+        assert load("auto").name == "digits"
+    assert len(warned) == 1
+    assert server.requested == []
+    assert cache_directory() is None
+
+
+@pytest.mark.usefixtures("no_home")
+def test_without_a_home_a_cache_that_is_named_does(server, arrays, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert_holds(load("mnist"), arrays)
+    assert cache_directory() == tmp_path / "bnjax"
+
+
+@pytest.mark.usefixtures("no_home")
+@pytest.mark.parametrize(
+    ("command", "work", "arguments"),
+    [(mnist_bn, "run", []), (sweep, "_train_once", []), (reproduce, "run", ["all"])],
+    ids=["mnist_bn", "sweep", "reproduce"],
+)
+def test_without_a_home_a_command_starts_and_keeps_no_programs(
+    monkeypatch, tmp_path, command, work, arguments
+):
+    class StartedError(Exception):
+        pass
+
+    def start(*_):
+        raise StartedError
+
+    monkeypatch.setattr(command, work, start)
+    monkeypatch.setattr(devices, "cache_programs", lambda directory: pytest.fail(f"{directory}"))
+    with pytest.raises(StartedError):
+        command.main([*arguments, "--dataset", "digits", "--out", str(tmp_path / "out")])
 
 
 def test_download_errors_are_value_errors():
