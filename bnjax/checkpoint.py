@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from bnjax import distributed, hosts
-from bnjax.errors import CheckpointError, CheckpointWarning, DamagedCheckpointError
+from bnjax.errors import CheckpointError, CheckpointWarning, DamagedCheckpointError, shorten
 
 KEEP = 2
 HEADER = 8
@@ -44,6 +44,7 @@ class Checkpoints:
         """
         self._directory = directory.absolute()
         self._settings = settings
+        self._latest: tuple[int, np.ndarray] | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -67,11 +68,12 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         packed = self._pack(epochs, states)
+        self._latest = epochs, packed
         with self._writing():
             if hosts.is_first():
                 self._directory.mkdir(exist_ok=True)  # orbax would make a lost run directory again
             hosts.wait("a directory for checkpoints")
-            self._manager.save(epochs, args=ocp.args.StandardSave({"state": packed}))
+            self._manager.save(epochs, args=ocp.args.StandardSave({"state": hosts.share(packed)}))
 
     def restore(self, states: Any, *, at_most: float = math.inf) -> tuple[int, Any]:
         """The number of epochs of the last whole checkpoint and its states; `(0, states)` if none.
@@ -102,14 +104,18 @@ class Checkpoints:
     def at(self, epochs: int, states: Any) -> Any:
         """The states after `epochs` epochs, of a checkpoint that is still kept.
 
+        Those that were saved or restored last are not read from the disk again.
+
         Raises:
             DamagedCheckpointError: if it is not as it was written.
             CheckpointError: if it holds states of another structure or other settings.
             OSError: if the system does not let it be read.
         """
-        with self._writing():
-            self._manager.wait_until_finished()
-        packed = self._read(epochs)
+        if self._latest is None or self._latest[0] != epochs:
+            with self._writing():
+                self._manager.wait_until_finished()
+            self._latest = epochs, self._read(epochs)
+        packed = self._latest[1]
         if packed[:HEADER].view(np.uint32)[1] != self._fingerprint(states):
             raise CheckpointError(
                 f"{self._directory / str(epochs)}: of other settings or of another version of the "
@@ -142,7 +148,7 @@ class Checkpoints:
             code = _system_code(error)
             if code not in (None, errno.ENOENT):
                 raise OSError(code, os.strerror(code), str(path)) from error
-            raise DamagedCheckpointError(f"it is damaged ({_shorten(error)})") from error
+            raise DamagedCheckpointError(f"it is damaged ({shorten(error)})") from error
         if saved is None:
             raise CheckpointError(f"{path}: written by another version of bnjax; go on with it")
         packed = saved["state"]
@@ -165,7 +171,7 @@ class Checkpoints:
             stacklevel=3,
         )
 
-    def _pack(self, epochs: int, states: Any) -> np.ndarray | jax.Array:
+    def _pack(self, epochs: int, states: Any) -> np.ndarray:
         leaves = [leaf.reshape(-1).view(np.uint8) for leaf in jax.tree.leaves(hosts.gather(states))]
         size = HEADER + sum(map(len, leaves))
         spare = -size % hosts.count()
@@ -173,7 +179,7 @@ class Checkpoints:
         header = packed[:HEADER].view(np.uint32)
         header[1] = self._fingerprint(states)
         header[0] = _checksum(epochs, packed)
-        return hosts.share(packed)
+        return packed
 
     def _fingerprint(self, states: Any) -> int:
         """A checksum of the settings and of the names, shapes and dtypes of all leaves."""
@@ -189,7 +195,7 @@ class Checkpoints:
             if hosts.is_lost(error):
                 raise
             code = _system_code(error)
-            reason = os.strerror(code) if code else _shorten(error)
+            reason = os.strerror(code) if code else shorten(error)
             raise OSError(code or errno.EIO, reason, str(self._directory)) from error
 
     @cached_property
@@ -224,7 +230,3 @@ def _system_code(error: Exception) -> int | None:
     """The system's own number of an error, which tensorstore has in its text."""
     told = re.search(r"os_error_code='(\d+)'", str(error))
     return int(told[1]) if told else getattr(error, "errno", None)
-
-
-def _shorten(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -23,3 +23,8 @@ class CheckpointError(ValueError):
 
 class DamagedCheckpointError(CheckpointError):
     """A checkpoint whose content is not what was written."""
+
+
+def shorten(error: Exception) -> str:
+    """What an error says, on one line, or its type where it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

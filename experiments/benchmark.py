@@ -54,10 +54,14 @@ PEERS = {
 }
 # Runs a command from a small process: a child's peak memory begins with that of its parent.
 WATCHED = """
-import resource, subprocess, sys
+import subprocess, sys
 status = subprocess.run(sys.argv[1:]).returncode
-peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-print("peak memory", peak * (1 if sys.platform == "darwin" else 1024), flush=True)
+try:
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    print("peak memory", peak * (1 if sys.platform == "darwin" else 1024), flush=True)
+except ImportError:  # as on Windows
+    pass
 sys.exit(status)
 """
 Part = Literal["operation", "epoch", "growth", "start"]
@@ -261,7 +265,7 @@ def _start(data: str, settings: Settings, scratch: Path) -> tuple[Any, Table]:
             name,
             *("-" if None in s else f"{median(s):.1f}" for s in (ready, first, total)),
             f"{spread(total):.1f}",
-            f"{max(memory) / 2**30:.2f}",
+            "-" if None in memory else f"{max(memory) / 2**30:.2f}",
         )
     return found, table
 
@@ -270,7 +274,7 @@ def _cold_cache(path: Path) -> Path:
     """A cache with the downloaded data, but without compiled programs."""
     (path / "bnjax").mkdir(parents=True)
     kept = cache_directory()
-    for entry in kept.iterdir() if kept.is_dir() else ():
+    for entry in kept.iterdir() if kept and kept.is_dir() else ():
         if entry.name != "programs":
             (path / "bnjax" / entry.name).symlink_to(entry.absolute())
     return path

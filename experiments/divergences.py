@@ -1,6 +1,6 @@
 """Which replicates stopped being finite, and where: found after each epoch, kept in a file."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,27 @@ from experiments import metrics, runs
 FILE = "divergences.json"
 
 
-def record(
-    path: Path,
+def find(epoch: Epoch, known: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The replicates that stopped being finite in an epoch.
+
+    Args:
+        epoch: what it left behind.
+        known: those of earlier epochs.
+
+    Returns:
+        `{arm, replicate, epoch, step, layer}` of each, counted as there, the layer still None.
+        Without a step all of them were finite, and the evaluation after them was not.
+    """
+    seen = {(mark["arm"], mark["replicate"]) for mark in known}
+    return [
+        {"arm": arm, "replicate": replicate, "epoch": epoch.number, "step": step, "layer": None}
+        for arm, replicate, step in _lost(epoch)
+        if (arm, replicate) not in seen
+    ]
+
+
+def locate(
+    marks: Sequence[dict[str, Any]],
     epoch: Epoch,
     keys: Array,
     train: Batch,
@@ -26,11 +45,11 @@ def record(
     batch_size: int,
     before: Callable[[], States],
     shares: int = 1,
-) -> list[dict[str, Any]]:
-    """Adds the replicates that stopped being finite in an epoch to those of a run.
+) -> None:
+    """Gives each of an epoch's divergences its layer: the first that was not finite.
 
     Args:
-        path: run directory.
+        marks: from `find`.
         epoch: what it left behind.
         keys: of the replicates, `[R]`.
         train: the training set.
@@ -38,18 +57,12 @@ def record(
         batch_size: examples per step.
         before: gives the states before the epoch.
         shares: parts of each batch that were normalized on their own.
-
-    Returns:
-        The new ones, `{arm, replicate, epoch, step, layer}`, counted as there. Without a step all
-        of them were finite, and the evaluation after them was not.
     """
-    known = hosts.tell_all(read(path) if hosts.is_first() else None)[0]
-    seen = {(mark["arm"], mark["replicate"]) for mark in known}
-    found = [place for place in _lost(epoch) if place[:2] not in seen]
-    states = hosts.gather(before()) if any(step for *_, step in found) else {}
-    after = {arm: hosts.gather(epoch.states[arm]) for arm, _, step in found if not step}
-    marks = []
-    for arm, replicate, step in found:
+    states = hosts.gather(before()) if any(mark["step"] for mark in marks) else {}
+    ended = {mark["arm"] for mark in marks if not mark["step"]}
+    after = {arm: hosts.gather(epoch.states[arm]) for arm in ended}
+    for mark in marks:
+        arm, replicate, step = mark["arm"], mark["replicate"], mark["step"]
         if step:
             state, batch = divergence.replay(
                 _pick(states, arm, replicate),
@@ -62,12 +75,7 @@ def record(
         else:
             state = _pick(after, arm, replicate)
             batch = train if np.isfinite(epoch.test[arm].loss[replicate]) else test
-        layer = divergence.first_layer(state, batch, train=bool(step))
-        place = {"arm": arm, "replicate": replicate, "epoch": epoch.number}
-        marks.append({**place, "step": step, "layer": layer})
-    if marks and hosts.is_first():
-        runs.write_json(path / FILE, [*known, *marks])
-    return marks
+        mark["layer"] = divergence.first_layer(state, batch, train=bool(step))
 
 
 def _lost(epoch: Epoch) -> list[tuple[str, int, int | None]]:
@@ -110,12 +118,18 @@ def _is_mark(mark: Any) -> bool:
     )
 
 
-def truncate(path: Path, epochs: int) -> None:
-    """Drops those of epochs after the first `epochs`."""
+def truncate(path: Path, epochs: int) -> list[dict[str, Any]]:
+    """Drops those of epochs after the first `epochs`; returns the others."""
     marks = read(path)
     kept = [mark for mark in marks if mark["epoch"] <= epochs]
     if kept != marks:
-        runs.write_json(path / FILE, kept)
+        write(path, kept)
+    return kept
+
+
+def write(path: Path, marks: Sequence[Mapping[str, Any]]) -> None:
+    """Keeps those of a run."""
+    runs.write_json(path / FILE, marks)
 
 
 def describe(mark: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ import jax
 from rich.console import Console
 
 from bnjax import hosts
-from bnjax.errors import CheckpointError
+from bnjax.errors import CheckpointError, shorten
 from experiments.console import print_plain
 
 # The status of a run that has ended in order, but every replicate of one network diverged.
@@ -38,6 +38,26 @@ def mistakes() -> Iterator[None]:
         yield
     except ValueError as error:
         raise MistakeError(error) from error
+
+
+@contextmanager
+def optional(console: Console, what: str, then: str) -> Iterator[None]:
+    """Where something fails that a run can do without: that costs a sentence, and not the run.
+
+    The system's own errors, such as a full disk, and lost processes end it nevertheless.
+
+    Args:
+        console: where to say it.
+        what: what could not be done.
+        then: how to do it, or what goes on without it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) or hosts.is_lost(error):
+            raise
+        told = f"NOTE: {what} ({shorten(error)}): {then}"
+        print_plain(console, told, style="bold yellow")
 
 
 def run(

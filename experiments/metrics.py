@@ -6,7 +6,7 @@ One line per epoch, arm and replicate, appended and flushed after each epoch.
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,15 @@ def finite_to_the_end(lines: Iterable[Mapping[str, Any]]) -> int | None:
     by_arm = curves(lines)
     finite = np.all([np.isfinite(by_arm[arm][METRICS[0]][-1]) for arm in ARMS], axis=0)
     return int(finite.argmax()) if finite.any() else None
+
+
+def write_summary(
+    path: Path, lines: Iterable[Mapping[str, Any]], divergences: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Writes `summary.json`, the last file of a run, and returns its content."""
+    summary = {**summarize(lines), "divergences": divergences}
+    runs.write_json(path / "summary.json", summary)
+    return summary
 
 
 def summarize(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

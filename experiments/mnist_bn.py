@@ -43,6 +43,7 @@ from bnjax.training import Batch
 from experiments import console as display
 from experiments import divergences, endings, metrics, probes, runs
 from experiments.plan import Plan, prepare
+from experiments.runs import ReportWarning
 
 PROG = "python -m experiments.mnist_bn"
 
@@ -119,11 +120,12 @@ def run(plan: Plan, console: Console, check: Callable[[], None]) -> int:
         recorded = len(lines) // (len(metrics.ARMS) * experiment.replicates)
         with display.noting(console, CheckpointWarning):
             done, states = checkpoints.restore(create(), at_most=recorded)
+        marks: list[dict[str, Any]] = []
         if hosts.is_first():
             (plan.path / "probes" / "end.npz").unlink(missing_ok=True)  # of fewer epochs
             metrics.truncate(plan.path, done)
-            divergences.truncate(plan.path, done)
-        hosts.wait("what is recorded")
+            marks = divergences.truncate(plan.path, done)
+        marks = hosts.tell_all(marks)[0]
         if execution.resume:
             display.print_plain(console, f"going on after epoch {done}")
         if execution.resume and hosts.is_first():
@@ -145,23 +147,34 @@ def run(plan: Plan, console: Console, check: Callable[[], None]) -> int:
                 steps, on_train, on_test = hosts.gather((epoch.steps, epoch.train, epoch.test))
                 epoch = epoch._replace(steps=steps, train=on_train, test=on_test)
                 lines = metric_lines(epoch)
-                seen = probes.after_epoch(plan.lanes, epoch.states, example, train)
                 if hosts.is_first():
-                    file = plan.path / "probes" / f"epoch-{epoch.number:03}.npz"
                     metrics.append(plan.path, lines)
-                    runs.write_arrays(file, seen)
+                what = f"what happens inside after epoch {epoch.number} could not be recorded"
+                with endings.optional(console, what, "the report will be without it"):
+                    seen = probes.after_epoch(plan.lanes, epoch.states, example, train)
+                    if hosts.is_first():
+                        file = plan.path / "probes" / f"epoch-{epoch.number:03}.npz"
+                        runs.write_arrays(file, seen)
                 shown.add(lines)
 
-                before = partial(_states_before, epoch, checkpoints, create)
-                for mark in divergences.record(
-                    plan.path, epoch, keys, train, test, experiment.batch_size, before, shares
-                ):
+                found = divergences.find(epoch, marks)
+                what = "the first layer that was not finite could not be found"
+                with endings.optional(console, what, "epoch and step are known"):
+                    before = partial(_states_before, epoch, checkpoints, create)
+                    size = experiment.batch_size
+                    divergences.locate(found, epoch, keys, train, test, size, before, shares)
+                for mark in found:
                     display.print_plain(console, f"NOTE: {divergences.describe(mark)}")
+                marks += found
+                if found and hosts.is_first():
+                    divergences.write(plan.path, marks)
                 checkpoints.save(epoch.number, epoch.states)
                 states = epoch.states
                 check()
 
-        _look_inside(plan, states, train, test)
+        what = "what the networks have become could not be recorded"
+        with endings.optional(console, what, f"{shlex.join(_how_to_go_on(plan.path))} tries again"):
+            _look_inside(plan, states, train, test)
     status = hosts.tell_all(_finish(plan.path, console) if hosts.is_first() else None)[0]
     if execution.open and hosts.is_first():
         display.open_report(plan.path)
@@ -211,11 +224,18 @@ def metric_lines(epoch: paired.Epoch) -> list[dict[str, Any]]:
 
 
 def _finish(path: Path, console: Console) -> int:
-    from experiments import report  # matplotlib takes a third of a second
+    summary = None
+    then = f"python -m experiments.report {shlex.quote(str(path))} tries again"
+    with endings.optional(console, "the report could not be drawn", then):
+        from experiments import report  # matplotlib takes a third of a second
 
-    summary = report.redraw(path)
+        with display.noting(console, ReportWarning):
+            summary = report.redraw(path, ended=True)
+        display.print_plain(console, f"report: {path / 'report.html'}")
+    if summary is None:
+        lines, marks = metrics.read(path), divergences.read(path)
+        summary = metrics.write_summary(path, lines, marks)
     console.print(display.closing_table(summary))
-    display.print_plain(console, f"report: {path / 'report.html'}")
     diverged = [arm for arm in metrics.ARMS if summary["arms"][arm]["train_cost"]["n"] == 0]
     for arm in diverged:
         display.print_plain(Console(stderr=True), f"error: every replicate of {arm} has diverged")

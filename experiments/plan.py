@@ -16,7 +16,7 @@ from bnjax import data, hosts, initializers, models
 from bnjax.data import Dataset
 from bnjax.errors import DataWarning
 from bnjax.paired import Arm, Lane
-from experiments import devices, options, runs
+from experiments import devices, options, probes, runs
 from experiments.console import noting, open_report, print_plain
 from experiments.options import Options
 from experiments.presets import Experiment
@@ -52,6 +52,7 @@ def prepare(arguments: Sequence[str], prog: str, description: str, console: Cons
         _join(chosen, console)
     if execution.resume:
         finished = runs.is_finished(execution.resume, chosen.experiment.epochs)
+        finished = finished and not probes.end_is_missing(execution.resume)
         if hosts.tell_all(finished)[0]:
             told = f"{execution.resume} is finished: {chosen.experiment.epochs} epochs"
             print_plain(console, f"{told}; --epochs can add to them")
@@ -100,8 +101,8 @@ def _plan(chosen: Options, saved: dict[str, Any] | None, console: Console) -> Pl
             f"SHA-256 {saved['dataset']['sha256']}, this {found['name']} has {found['sha256']}"
         )
 
-    if execution.cache:
-        devices.cache_programs(data.cache_directory() / "programs")
+    if execution.cache and (cache := data.cache_directory()):
+        devices.cache_programs(cache / "programs")
     jax.config.update("jax_default_matmul_precision", experiment.matmul_precision)
     lanes = devices.make_lanes(make_arms(experiment), execution.mesh, experiment.replicates)
     mesh = dict(lanes[0].mesh.shape)

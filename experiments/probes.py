@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -12,11 +13,15 @@ import numpy as np
 from bnjax import diagnostics, hosts, models, population
 from bnjax.paired import Arm, Lane, States
 from bnjax.training import Batch, to_float
+from experiments import metrics
 
 # So many training examples are looked at; a fixed sample shows what changes between epochs.
 SAMPLE = 500
 PERCENTILES = (5.0, 25.0, 50.0, 75.0, 95.0)
 BINS = 60
+
+# The population's statistics are taken over so many training examples at a time, or some more.
+CHUNK = 5000
 
 # So many test examples are kept that one network alone gets right, of each.
 KEPT = 16
@@ -105,6 +110,14 @@ def at_end(
     return found
 
 
+def end_is_missing(path: Path) -> bool:
+    """Whether a run lacks what `at_end` sees, though a replicate was finite to the end."""
+    if (path / "probes" / "end.npz").exists():
+        return False
+    lines = metrics.read(path)
+    return bool(lines) and metrics.finite_to_the_end(lines) is not None
+
+
 def _predict(module: nn.Module, variables: Any, test: Batch) -> np.ndarray:
     @jax.jit
     def predict(images: jax.Array) -> jax.Array:
@@ -117,7 +130,7 @@ def _predict(module: nn.Module, variables: Any, test: Batch) -> np.ndarray:
 
 
 def _statistics(arm: Arm, variables: Any, train: Batch) -> dict[str, np.ndarray]:
-    batches = [train.images[i : i + 5000] for i in range(0, len(train.images), 5000)]
+    batches = np.array_split(train.images, max(1, len(train.images) // CHUNK))
     estimated = population.estimate(arm.module, variables, batches)
     return {
         f"{kind}/{layer}/{name}": np.asarray(values)

@@ -99,7 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 names = claims if "all" in chosen else dict.fromkeys(chosen)
                 dataset = load_data(options.dataset, options.data_dir, console)
                 check_data(dataset)
-                devices.cache_programs(data.cache_directory() / "programs")
+                if cache := data.cache_directory():
+                    devices.cache_programs(cache / "programs")
                 devices.open_cpus()
                 jax.config.update("jax_default_matmul_precision", Experiment.matmul_precision)
                 path = runs.expand(options.out or runs.default_path("reproduce", dataset.name))

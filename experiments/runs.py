@@ -9,7 +9,7 @@ checkpoints/     the state, to go on from
 curves.png ...   pictures, and report.html
 """
 
-import fcntl
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -24,10 +24,15 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from filelock import FileLock, SoftFileLock, Timeout
 
 from bnjax.errors import CheckpointError
 
 SECTIONS = ("experiment", "execution", "dataset", "versions")
+
+
+class ReportWarning(UserWarning):
+    """A part of a report that is missing."""
 
 
 def default_path(preset: str, dataset: str) -> Path:
@@ -147,22 +152,26 @@ def expand(path: Path) -> Path:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keeps a run directory to this process.
+    """Keeps a run directory to this process, which has its file `.lock` meanwhile.
 
     Raises:
         CheckpointError: if another process has it.
     """
-    directory = os.open(path, os.O_RDONLY)
+    file = path.resolve(strict=True) / ".lock"  # FileLock would make a directory that is gone
+    lock = FileLock(file)
     try:
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(
-                f"{path} is in use by another process: wait for its end"
-            ) from error
+        lock.acquire(timeout=0.2)  # long enough to see that the owner of a soft lock is gone
+    except Timeout as error:
+        told = f"{path} is in use by another process: wait for its end"
+        if isinstance(lock, SoftFileLock):  # which stays where its owner ended on another machine
+            told += f", or delete {file} if there is none"
+        raise CheckpointError(told) from error
+    try:
         yield
     finally:
-        os.close(directory)
+        with contextlib.suppress(OSError):  # the directory may be gone, and Windows deletes later
+            file.unlink()  # while it is held: a process that waits for it sees that it is gone
+        lock.release()
 
 
 @contextmanager

@@ -207,7 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 devices.open_cpus()
                 for group in settings.groups():
                     check_group(group, dataset)
-                devices.cache_programs(data.cache_directory() / "programs")
+                if cache := data.cache_directory():
+                    devices.cache_programs(cache / "programs")
                 jax.config.update("jax_default_matmul_precision", Experiment.matmul_precision)
                 described = describe(settings.resolved(), dataset, requested, settings.data_dir)
                 stack.enter_context(runs.occupied(path, *described))
@@ -216,8 +217,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for group in settings.groups():
                 cells += _train_once(path, group, dataset, console)
                 check()
-            _write(path, settings, cells)
-        print_plain(console, f"report: {path / 'sweep.html'}")
+            rows = [(cell, weigh(cell)) for cell in cells]
+            content = [{**cell._asdict(), "benefit": worth.difference} for cell, worth in rows]
+            runs.write_json(path / "sweep.json", {"cells": runs.null_for_nan(content)})
+            then = "the same command tries again"
+            with endings.optional(console, "the report could not be drawn", then):
+                _draw(path, settings, rows)
+                print_plain(console, f"report: {path / 'sweep.html'}")
         return 0
 
     return endings.run(command, lambda: _words(settings) if started else [])
@@ -268,17 +274,14 @@ def _read(file: Path, group: Sequence[Experiment]) -> list[Cell]:
     return cells
 
 
-def _write(path: Path, settings: Settings, cells: Sequence[Cell]) -> None:
+def _draw(path: Path, settings: Settings, rows: Sequence[tuple[Cell, Worth]]) -> None:
     from experiments.report import heat
     from experiments.report.figures import to_svg
     from experiments.report.page import render, svg_uri
 
-    rows = [(cell, weigh(cell)) for cell in cells]
     pairs = [row for row in rows if row[1].difference["n"]]
     picture = to_svg(heat.maps(rows))
     runs.write_bytes(path / "sweep.svg", picture)
-    content = [{**cell._asdict(), "benefit": worth.difference} for cell, worth in rows]
-    runs.write_json(path / "sweep.json", {"cells": runs.null_for_nan(content)})
     page = render(
         "sweep.html.j2",
         arms=metrics.ARMS,

@@ -82,7 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check()
         for line in tell(numbers):
             print_plain(console, line)
-        save(path, numbers)
+        runs.write_json(path / "numbers.json", numbers)
+        then = "the numbers are in numbers.json"
+        with endings.optional(console, "the picture could not be drawn", then):
+            draw(path / "train_eval_mode.png", numbers)
         print_plain(console, f"\npicture and numbers: {path}")
         return 0
 
@@ -143,13 +146,11 @@ def tell(numbers: dict[str, Any]) -> Iterator[str]:
         yield f"   {name:<20}{found['accuracy']:>9.2%}   {', '.join(gaps)}"
 
 
-def save(path: Path, numbers: dict[str, Any]) -> None:
-    """Writes the numbers and the picture into a directory."""
+def draw(file: Path, numbers: dict[str, Any]) -> None:
+    """Draws the lesson."""
     from experiments.report import figures  # matplotlib takes a third of a second
 
-    runs.write_json(path / "numbers.json", numbers)
-    figure = figures.train_eval_mode(numbers)
-    runs.write_bytes(path / "train_eval_mode.png", figures.to_png(figure))
+    runs.write_bytes(file, figures.to_png(figures.train_eval_mode(numbers)))
 
 
 def _train(model: models.MLP, train: Batch, epochs: int, key: Array) -> TrainState:

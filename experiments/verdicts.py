@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE
+from rich.console import Console
 from rich.table import Table
 
-from experiments import runs
+from experiments import endings, runs
 from experiments.claims import Check, Claim, Evidence, Verdict, interval, judge, load_claims
 from experiments.report import figures
 from experiments.report.page import png_uri, render
@@ -31,12 +32,10 @@ def listing(claims: Iterable[Claim]) -> Table:
 
 
 def save(path: Path, claim: Claim, evidence: Evidence, seconds: float) -> None:
-    """Writes a claim's evidence and picture into its directory."""
-    place = path / claim.id
-    place.mkdir(parents=True, exist_ok=True)
-    runs.write_bytes(place / "figure.png", figures.to_png(claim.draw(evidence)))
+    """Writes a claim's evidence into its directory."""
+    (path / claim.id).mkdir(parents=True, exist_ok=True)
     content = runs.null_for_nan({**evidence._asdict(), "seconds": seconds})
-    runs.write_json(place / EVIDENCE, content)
+    runs.write_json(path / claim.id / EVIDENCE, content)
 
 
 def load(path: Path, claim: Claim) -> tuple[Evidence, float]:
@@ -63,6 +62,8 @@ def format_line(claim: Claim, path: Path) -> str:
 
 def write_page(path: Path, command: str) -> None:
     """Writes `report.html` and `verdicts.json` about all claims that have evidence.
+
+    It draws the pictures that are not there; one that cannot be drawn costs a sentence.
 
     Args:
         path: the directory of the results.
@@ -98,9 +99,18 @@ def _section(path: Path, claim: Claim, evidence: Evidence, seconds: float) -> di
         "verdict": verdict,
         "rows": rows,
         "incomparable": evidence.incomparable,
-        "figure": png_uri((path / claim.id / "figure.png").read_bytes()),
+        "figure": _figure(path / claim.id / "figure.png", claim, evidence),
         "seconds": format_seconds(seconds),
     }
+
+
+@figures.our_style
+def _figure(file: Path, claim: Claim, evidence: Evidence) -> str:
+    if not file.exists():
+        told = f"the picture of {claim.id} could not be drawn"
+        with endings.optional(Console(), told, "the same command with --out tries again"):
+            runs.write_bytes(file, figures.to_png(claim.draw(evidence)))
+    return png_uri(file.read_bytes()) if file.exists() else ""
 
 
 def _row(check: Check, verdict: Verdict, evidence: Evidence) -> dict[str, str]:

@@ -4,6 +4,9 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from experiments import devices
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -38,3 +41,19 @@ def no_surroundings(monkeypatch, tmp_path_factory):
     monkeypatch.delenv("BNJAX_DATA_DIR", raising=False)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def cache_home(tmp_path_factory):
+    """What this file compiles is compiled once, for this process and those it starts."""
+    home = tmp_path_factory.mktemp("cache_home")
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    compilation_cache.reset_cache()
+    devices.cache_programs(home / "bnjax" / "programs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "cache_programs", lambda directory: None)
+        yield home
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

@@ -24,7 +24,6 @@ import numpy as np
 import optax
 import pytest
 from command import Result, call, lines_of
-from jax.experimental.compilation_cache import compilation_cache
 
 from bnjax import data, download, paired
 from bnjax.errors import DownloadError
@@ -34,6 +33,8 @@ from bnjax.training import Batch
 from experiments import devices, divergences, metrics, report, runs
 from experiments.options import Execution
 from experiments.presets import Deep10, Experiment
+
+pytestmark = pytest.mark.usefixtures("cache_home")
 
 DIGITS = ("--dataset", "digits")
 SMALL = ("--preset", "deep10", "--hidden-sizes", "5", "--batch-size", "100", "--drop-last")
@@ -71,22 +72,6 @@ def edit_config(path: Path, change) -> None:
     config = json.loads((path / "config.json").read_text())
     change(config)
     (path / "config.json").write_text(json.dumps(config))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache_home(tmp_path_factory):
-    """What this file compiles is compiled once, for this process and those it starts."""
-    home = tmp_path_factory.mktemp("cache_home")
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    compilation_cache.reset_cache()
-    devices.cache_programs(home / "bnjax" / "programs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(devices, "cache_programs", lambda directory: None)
-        yield home
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture

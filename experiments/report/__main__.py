@@ -11,7 +11,7 @@ from jinja2 import UndefinedError
 from rich.console import Console
 
 from experiments import endings, report, runs
-from experiments.console import print_plain
+from experiments.console import noting, print_plain
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     prog = "python -m experiments.report"
     settings = tyro.cli(Settings, args=arguments, prog=prog, description=__doc__)
+    console = Console()
 
     def command(check: Callable[[], None]) -> int:
         with endings.mistakes():
             path = runs.expand(settings.run)
             try:
-                report.redraw(path)
+                with noting(console, runs.ReportWarning):
+                    report.redraw(path)
             except (KeyError, UndefinedError) as error:
                 raise ValueError(
                     f"the files of {path} lack {error}: another version saved them, or they are "
                     "damaged"
                 ) from error
-        print_plain(Console(), f"report: {path / 'report.html'}")
+        print_plain(console, f"report: {path / 'report.html'}")
         return 0
 
     return endings.run(command, list)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps, rc_context
+from matplotlib import colormaps, rc_context, rcParamsDefault
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
@@ -19,6 +19,10 @@ from bnjax.statistics import summarize
 from experiments.metrics import ARMS, LABELS
 
 Probes = Mapping[str, np.ndarray]
+
+# Decorates what makes pictures: they are the same under any matplotlibrc and in any notebook.
+OURS: dict[Any, Any] = {**rcParamsDefault, "svg.fonttype": "none", "svg.hashsalt": "bnjax"}
+our_style = rc_context({name: value for name, value in OURS.items() if name != "backend"})
 
 STYLES: dict[str, dict[str, Any]] = {
     "bn": {"color": "#0b5394", "linestyle": "-", "marker": "o"},
@@ -45,6 +49,7 @@ def panels(
     return figure, row
 
 
+@our_style
 def curves(by_arm: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     """Training cost, test loss and test accuracy of both arms over the epochs.
 
@@ -58,6 +63,7 @@ def curves(by_arm: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     return figure
 
 
+@our_style
 def overlay(runs: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]) -> Figure:
     """The same curves of several runs, each in its colour; solid with BN, dashed without.
 
@@ -126,6 +132,7 @@ def draw_band(axes: Axes, arm: str, x: ArrayLike, values: ArrayLike, **style: An
         axes.fill_between(x, *bounds.T, color=style["color"], alpha=0.2, linewidth=0)
 
 
+@our_style
 def features(image: np.ndarray, label: int, probes: Probes, replicate: int = 0) -> Figure:
     """What leaves each hidden layer for one test example, with and without normalization.
 
@@ -155,6 +162,7 @@ def features(image: np.ndarray, label: int, probes: Probes, replicate: int = 0) 
     return figure
 
 
+@our_style
 def train_eval_mode(numbers: Mapping[str, Any]) -> Figure:
     """The lesson of `experiments.train_eval_mode`: what training mode does to predictions.
 
@@ -205,6 +213,7 @@ def train_eval_mode(numbers: Mapping[str, Any]) -> Figure:
     return figure
 
 
+@our_style
 def benchmark(epoch: Mapping[str, Any]) -> Figure:
     """Seconds per paired epoch and replicate of each contender, as bars on a log scale.
 
@@ -236,6 +245,7 @@ def _as_square(values: np.ndarray) -> np.ndarray:
     return padded.reshape(side, side)
 
 
+@our_style
 def to_png(figure: Figure) -> bytes:
     """The figure as a PNG at 150 dots per inch; its layout is settled then."""
     buffer = io.BytesIO()
@@ -244,11 +254,11 @@ def to_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+@our_style
 def to_svg(figure: Figure) -> bytes:
     """The figure as an SVG that is the same whenever the numbers are the same."""
     buffer = io.BytesIO()
-    with rc_context({"svg.hashsalt": "bnjax", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
 
 

@@ -7,7 +7,10 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from experiments.report.figures import our_style
 
+
+@our_style
 def maps(rows: Sequence[tuple[Any, Any]]) -> Figure:
     """Points of test accuracy over learning rates and batch sizes, a map for each activation.
 

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from experiments.metrics import ARMS, LABELS
-from experiments.report.figures import STYLES, Probes, draw_band
+from experiments.report.figures import STYLES, Probes, draw_band, our_style
 
 # Of a deep network so many layers are drawn, the first and the last among them.
 COLUMNS = 5
@@ -23,6 +23,7 @@ def choose_layers(layers: int) -> list[int]:
     return np.unique(np.linspace(0, layers - 1, min(layers, COLUMNS)).round().astype(int)).tolist()
 
 
+@our_style
 def percentiles(epochs: Sequence[Probes], replicate: int = 0) -> Figure:
     """How the values that enter the activations spread, over the epochs, in each layer.
 
@@ -52,6 +53,7 @@ def percentiles(epochs: Sequence[Probes], replicate: int = 0) -> Figure:
     return figure
 
 
+@our_style
 def histograms(first: Probes, last: Probes, replicate: int = 0) -> Figure:
     """The values that enter the activations after the first epoch and after the last.
 
@@ -79,6 +81,7 @@ def histograms(first: Probes, last: Probes, replicate: int = 0) -> Figure:
     return figure
 
 
+@our_style
 def gradient_norms(first: Probes, last: Probes) -> Figure:
     """Norms of the gradients of all kernels, from the input on.
 
@@ -109,6 +112,7 @@ def batch_norms(end: Probes) -> list[str]:
     return sorted(names, key=lambda name: int(name.rpartition("_")[2]))
 
 
+@our_style
 def statistics(end: Probes) -> Figure:
     """Running statistics against those of the whole training set, one dot for each unit.
 

@@ -1,24 +1,65 @@
 """The page of a run, drawn from its files alone."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from experiments import divergences, metrics, options, runs
+from bnjax.errors import shorten
+from experiments import divergences, metrics, options, probes, runs
 from experiments.console import ONE_REPLICATE, TITLES, format_certainty, format_summary
 from experiments.presets import Experiment
 from experiments.report import figures, layers, predictions, words
 from experiments.report.figures import Probes, read_arrays
 from experiments.report.page import Picture, png_uri, render, svg_uri
 
+T = TypeVar("T")
 
-def redraw(path: Path) -> dict[str, Any]:
+
+class Parts:
+    """The parts of a report, each of which may be missing without costing the others.
+
+    Attributes:
+        missing: which, why, and what to do.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.missing: list[str] = []
+
+    def read(self, *names: str) -> list[Probes]:
+        """Files of `probes`; none where one was not recorded."""
+        files = [self._path / "probes" / f"{name}.npz" for name in names]
+        absent = [file.name for file in files if not file.exists()]
+        if absent:
+            told = f"what probes/{absent[0]} would show, which is not there"
+            again = f": python -m experiments.mnist_bn --resume {self._path} records it"
+            self.missing.append(told + again * (absent == ["end.npz"]))
+        return [] if absent else [read_arrays(file) for file in files]
+
+    def make(self, what: str, draw: Callable[[], T]) -> T | None:
+        """What `draw` returns, or None where it fails; files that lack something are an error."""
+        try:
+            return draw()
+        except KeyError:
+            raise
+        except Exception as error:
+            again = f"python -m experiments.report {self._path} tries again"
+            self.missing.append(f"{what} ({shorten(error)}): {again}")
+            return None
+
+
+def redraw(path: Path, *, ended: bool = False) -> dict[str, Any]:
     """Writes `summary.json`, the pictures and `report.html` of a run that has ended.
+
+    A part that cannot be drawn or was not recorded costs a `ReportWarning` and a line on the page.
 
     Args:
         path: a run directory with `config.json`, `metrics.jsonl` and `probes`.
+        ended: known to have ended, whatever could not be recorded at the end.
 
     Returns:
         The summary.
@@ -29,29 +70,34 @@ def redraw(path: Path) -> dict[str, Any]:
     config = runs.read_config(path)
     experiment = Experiment.load(config["experiment"])
     lines = metrics.read(path)
-    replicate = metrics.finite_to_the_end(lines) if lines else None
     expected = experiment.epochs * experiment.replicates * len(metrics.ARMS)
-    lacks_end = replicate is not None and not (path / "probes" / "end.npz").exists()
-    if len(lines) != expected or lacks_end:
+    ended = ended or runs.is_finished(path, experiment.epochs) or not probes.end_is_missing(path)
+    if len(lines) != expected or not ended:
         raise ValueError(
             f"{path} has not ended: go on with python -m experiments.mnist_bn --resume {path}, "
             f"which draws its report after {experiment.epochs} epochs"
         )
+    replicate = metrics.finite_to_the_end(lines)
     marks = divergences.read(path)
     summary = {**metrics.summarize(lines), "divergences": marks}
-    inside = {} if replicate is None else look_inside(path, experiment, replicate)
+    parts = Parts(path)
+    inside = {} if replicate is None else look_inside(path, experiment, replicate, parts)
 
-    curves = figures.curves(metrics.curves(lines))
-    runs.write_bytes(path / "curves.png", figures.to_png(curves))
-    curves_svg = figures.to_svg(curves)
-    runs.write_bytes(path / "curves.svg", curves_svg)
+    def draw_curves() -> tuple[bytes, bytes]:
+        drawn = figures.curves(metrics.curves(lines))
+        return figures.to_png(drawn), figures.to_svg(drawn)
+
+    curves = parts.make("the curves", draw_curves)
+    if curves:
+        runs.write_bytes(path / "curves.png", curves[0])
+        runs.write_bytes(path / "curves.svg", curves[1])
     html = render(
         "page.html.j2",
         arms=metrics.ARMS,
         certainty=format_certainty,
         command=options.repeat(config),
         config=config,
-        curves=svg_uri(curves_svg),
+        curves=curves and svg_uri(curves[1]),
         divergences=[divergences.describe(mark) for mark in marks],
         experiment=experiment,
         format=format_summary,
@@ -59,39 +105,56 @@ def redraw(path: Path) -> dict[str, Any]:
         losses=words.losses(summary),
         inside=inside,
         labels=metrics.LABELS,
+        missing=parts.missing,
         one_replicate=ONE_REPLICATE,
         seconds=float(np.median([line["seconds"] for line in lines])),
         summary=summary,
         titles=TITLES,
     )
     runs.write_bytes(path / "report.html", html.encode(errors="replace"))
-    runs.write_json(path / "summary.json", summary)
-    return summary
+    for part in parts.missing:
+        warnings.warn(f"the report lacks {part}", runs.ReportWarning, stacklevel=2)
+    return metrics.write_summary(path, lines, marks)
 
 
-def look_inside(path: Path, experiment: Experiment, replicate: int) -> dict[str, Any]:
+def look_inside(path: Path, experiment: Experiment, replicate: int, parts: Parts) -> dict[str, Any]:
     """What the page shows of a replicate that was finite to the end; writes `features.png`."""
-    directory = path / "probes"
-    example, end = (read_arrays(directory / f"{name}.npz") for name in ("example", "end"))
-    files = [directory / f"epoch-{k:03}.npz" for k in range(1, experiment.epochs + 1)]
-    epochs = [read_arrays(file) for file in files]
-    features = figures.features(example["image"], int(example["label"]), epochs[-1], replicate)
-    png = figures.to_png(features)
-    runs.write_bytes(path / "features.png", png)
-    confusions = predictions.confusions(end)
-    return {
-        "replicate": replicate,
-        "pictures": [
-            Picture(
+    example, end = parts.read("example"), parts.read("end")
+    epochs = parts.read(*(f"epoch-{k:03}" for k in range(1, experiment.epochs + 1)))
+    pictures: list[Picture | None] = []
+    if example and epochs:
+        label = int(example[0]["label"])
+        image = example[0]["image"]
+
+        def draw_features() -> tuple[bytes, Picture]:
+            png = figures.to_png(figures.features(image, label, epochs[-1], replicate))
+            return png, Picture(
                 "One digit through the layers",
                 png_uri(png),
-                words.features(int(example["label"]), epochs[-1], replicate),
+                words.features(label, epochs[-1], replicate),
                 "What leaves each hidden layer after the last epoch, each layer on its own scale. "
                 "Blue cells are padding.",
                 dark=False,
-            ),
-            *draw(epochs, end, replicate, experiment.replicates),
-        ],
+            )
+
+        if drawn := parts.make("features.png", draw_features):
+            runs.write_bytes(path / "features.png", drawn[0])
+            pictures.append(drawn[1])
+    draw = draw_epochs(epochs, replicate, experiment.replicates) if epochs else {}
+    if end:
+        draw["the running statistics"] = partial(draw_statistics, end[0])
+    pictures += [parts.make(what, drawing) for what, drawing in draw.items()]
+    return {
+        "replicate": replicate,
+        "pictures": [picture for picture in pictures if picture],
+        "predictions": parts.make("the predictions", partial(tabulate, end[0])) if end else None,
+    }
+
+
+def tabulate(end: Probes) -> dict[str, Any]:
+    """What both networks say of the test set."""
+    confusions = predictions.confusions(end)
+    return {
         "classes": predictions.classes(confusions),
         "confusions": confusions,
         "mistakes": words.mistakes(confusions),
@@ -100,17 +163,16 @@ def look_inside(path: Path, experiment: Experiment, replicate: int) -> dict[str,
     }
 
 
-def draw(epochs: Sequence[Probes], end: Probes, replicate: int, replicates: int) -> list[Picture]:
-    """The pictures of what happens inside both networks."""
+def draw_epochs(
+    epochs: Sequence[Probes], replicate: int, replicates: int
+) -> dict[str, Callable[[], Picture]]:
+    """What draws the pictures of what happens inside both networks, by what they show."""
     first, last = epochs[0], epochs[-1]
-    depth = last["bn/percentiles"].shape[1]
-    shown = [layer + 1 for layer in layers.choose_layers(depth)]
-    some = f" Of {depth} layers {', '.join(map(str, shown))} are drawn." * (len(shown) < depth)
+    some = _tell_choice(last["bn/percentiles"].shape[1])
     bands = " Bands are 95 % intervals, cut where they would leave the picture." * (replicates > 1)
     activations, gradients = words.activations(last, replicate), words.gradients(last)
-    statistics = words.statistics(end)
-    return [
-        Picture(
+    return {
+        "the activations over the epochs": lambda: Picture(
             "What enters the activations, over the epochs",
             svg_uri(figures.to_svg(layers.percentiles(epochs, replicate))),
             "Percentiles of the values that enter the activations, by layer and epoch, with batch "
@@ -120,13 +182,13 @@ def draw(epochs: Sequence[Probes], end: Probes, replicate: int, replicates: int)
             "brings them to mean 0 and deviation 1, then scales and shifts them by what it has "
             f"learned. {activations}{some}",
         ),
-        Picture(
+        "the histograms of the activations": lambda: Picture(
             "What enters the activations, first and last epoch",
             svg_uri(figures.to_svg(layers.histograms(first, last, replicate))),
             f"Histograms of the same values after the first and the last epoch. {activations}",
             f"Dotted after the first epoch, solid after the last.{some}",
         ),
-        Picture(
+        "the gradients": lambda: Picture(
             "How strong the gradients are",
             svg_uri(figures.to_svg(layers.gradient_norms(first, last))),
             f"Norms of the gradients by layer. {gradients}",
@@ -134,13 +196,23 @@ def draw(epochs: Sequence[Probes], end: Probes, replicate: int, replicates: int)
             "line means that some layers learn from much stronger gradients than others. "
             f"{gradients}{bands}",
         ),
-        Picture(
-            "Running statistics and those of the training set",
-            svg_uri(figures.to_svg(layers.statistics(end))),
-            f"Running statistics against those of the training set. {statistics}",
-            "One dot for each unit of the network with batch normalization. On the line the "
-            "running average, by which evaluation normalizes, is what it estimates: the statistic "
-            "of the training set under the final weights, here over chunks of 5,000 examples. "
-            f"{statistics}{some}",
-        ),
-    ]
+    }
+
+
+def draw_statistics(end: Probes) -> Picture:
+    """The picture of running statistics against those of the training set."""
+    told = words.statistics(end)
+    return Picture(
+        "Running statistics and those of the training set",
+        svg_uri(figures.to_svg(layers.statistics(end))),
+        f"Running statistics against those of the training set. {told}",
+        "One dot for each unit of the network with batch normalization. On the line the "
+        "running average, by which evaluation normalizes, is what it estimates: the statistic "
+        "of the training set under the final weights, here over chunks of 5,000 examples. "
+        f"{told}{_tell_choice(len(layers.batch_norms(end)))}",
+    )
+
+
+def _tell_choice(depth: int) -> str:
+    shown = [layer + 1 for layer in layers.choose_layers(depth)]
+    return f" Of {depth} layers {', '.join(map(str, shown))} are drawn." * (len(shown) < depth)
