@@ -141,7 +141,6 @@ def _scaling(settings: Settings, console: Console) -> int:
 
     found = scaling.run(settings.repeats)
     console.print(scaling.table(found))
-    print_plain(console, scaling.tell(found))
     if settings.json is not None:
         runs.write_json(settings.json, {**runs.provenance(), "scaling": found})
     return 0

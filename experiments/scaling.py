@@ -2,7 +2,7 @@
 
 A child process, or several that JAX's distributed runtime joins, trains the network of boostcourse
 with batch normalization on one mesh, and counts in its compiled program what devices send to each
-other in a step. From such counts the time on a cluster can be predicted, see `predict`.
+other in a step. README says how to predict the time on a cluster from such counts.
 """
 
 import json
@@ -59,13 +59,6 @@ class Traffic(NamedTuple):
     bytes: int
 
 
-class Machine(NamedTuple):
-    """A cluster: seconds before a message arrives, and bytes per second between two devices."""
-
-    latency: float
-    bandwidth: float
-
-
 def traffic(program: str) -> Traffic:
     """What is communicated in a compiled program, which is to be one step in a loop.
 
@@ -94,32 +87,6 @@ def count_collectives(program: str) -> dict[str, int]:
     return dict(Counter(match["kind"] for match in COLLECTIVE.finditer(program)))
 
 
-def predict(alone: float, sent: Traffic, devices: int, machine: Machine) -> float:
-    """Seconds of a step whose batch is spread over so many devices.
-
-        T(D) = T(1) / D + n 2 log2(D) latency + 2 (D - 1) / D bytes / bandwidth
-
-    with n all-reduces of so many bytes together, each by recursive halving and doubling.
-
-    Args:
-        alone: seconds of the step on one device with the whole batch.
-        sent: from `traffic`.
-        devices: D.
-        machine: of the cluster.
-
-    Source: Thakur, Rabenseifner & Gropp, "Optimization of Collective Communication Operations in
-    MPICH" (2005), section 4.5.
-
-    Example:
-        >>> round(predict(1.0, Traffic(2, 100), 2, Machine(0.1, 1000.0)), 3)
-        1.0
-    """
-    if devices == 1:
-        return alone
-    waits = sent.operations * 2 * math.log2(devices) * machine.latency
-    return alone / devices + waits + 2 * (devices - 1) / devices * sent.bytes / machine.bandwidth
-
-
 def run(repeats: int) -> list[dict[str, Any]]:
     """Measures every layout: `{processes, devices, network, seconds, operations, bytes}`."""
     return [{**layout._asdict(), **_start(layout, repeats)} for layout in LAYOUTS]
@@ -142,29 +109,6 @@ def table(found: Sequence[dict[str, Any]]) -> Table:
             f"{row['bytes'] / 1000:.1f}",
         )
     return result
-
-
-def tell(found: Sequence[dict[str, Any]]) -> str:
-    """One paragraph: the formula, and what it says of a cluster of 4,096 accelerators."""
-    sent = {
-        row["network"]: Traffic(row["operations"], row["bytes"])
-        for row in found
-        if row["devices"] == 8
-    }
-    devices, cluster = 4096, Machine(latency=10e-6, bandwidth=50e9)
-    whole, own = (1000 * predict(0.0, sent[n], devices, cluster) for n in ("global", "local"))
-    waits = 1000 * predict(0.0, sent["global"]._replace(bytes=0), devices, cluster)
-    return (
-        "On D devices a step takes T(1) / D + n 2 log2(D) latency + 2 (D - 1) / D bytes / "
-        f"bandwidth. Here n = {sent['global'].operations} all-reduces (with statistics of the "
-        "whole batch two forward and one backward for each layer with batch normalization, and one "
-        f"for all gradients and the loss) carry {sent['global'].bytes / 1000:.1f} kB, whatever the "
-        f"batch. Example: {devices:,} GPUs with {1e6 * cluster.latency:.0f} us of latency and "
-        f"{cluster.bandwidth / 1e9:.0f} GB/s each (400 Gb/s) communicate for {whole:.2f} ms in a "
-        f"step, of which {waits:.2f} ms are latency: to compute for nine tenths of the time, a "
-        f"GPU's share of the batch should take {9 * whole:.0f} ms. With --bn-statistics local "
-        f"n is {sent['local'].operations}, it is {own:.2f} ms, and {9 * own:.0f} ms are enough."
-    )
 
 
 def _start(layout: Layout, repeats: int) -> dict[str, Any]:

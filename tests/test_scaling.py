@@ -1,4 +1,4 @@
-"""What is counted and predicted of many devices."""
+"""What is counted of many devices."""
 
 import json
 
@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import benchmark, scaling
-from experiments.scaling import Layout, Machine, Traffic
-
-CLUSTER = Machine(latency=1e-5, bandwidth=1e9)
+from experiments.scaling import Layout, Traffic
 
 
 @pytest.mark.parametrize(
@@ -30,13 +28,6 @@ def test_one_device_communicates_nothing():
     assert scaling.traffic(program) == (0, 0)
 
 
-def test_prediction():
-    """By hand: 8 devices, 7 all-reduces of 1 MB together."""
-    seconds = scaling.predict(0.8, Traffic(7, 10**6), 8, CLUSTER)
-    assert seconds == pytest.approx(0.1 + 7 * 6 * 1e-5 + 1.75 * 1e-3)
-    assert scaling.predict(0.8, Traffic(7, 10**6), 1, CLUSTER) == 0.8
-
-
 @pytest.mark.slow
 def test_the_command(monkeypatch, tmp_path, capsys):
     layouts = Layout(1, 8), Layout(1, 8, "local"), Layout(2, 2)
@@ -50,4 +41,4 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     # Weights and biases of three layers, scale, offset and six sums of two, losses; 4 bytes each.
     weights = 784 * 32 + 32 + 32 * 32 + 32 + 32 * 512 + 512
     assert found[0]["bytes"] == pytest.approx(4 * (weights + 2 * 32 * (2 + 6)), rel=0.01)
-    assert "Example: 4,096 GPUs" in " ".join(capsys.readouterr().out.split())
+    assert "all-reduces" in capsys.readouterr().out
