@@ -63,17 +63,6 @@ def make_mesh(
     return Mesh(np.array(devices[:count]).reshape(replicate, data), AXES)
 
 
-def fill_mesh(replicates: int, devices: Sequence[jax.Device]) -> Mesh:
-    """A mesh of these devices: as many on `replicate` as replicates reach, the rest on `data`.
-
-    Example:
-        >>> dict(fill_mesh(1, jax.devices()[:1]).shape)
-        {'replicate': 1, 'data': 1}
-    """
-    replicate = min(replicates, len(devices))
-    return make_mesh(replicate, len(devices) // replicate, devices)
-
-
 def place(values: AnyArray, sharding: Sharding) -> Array:
     """Puts an array that every process holds whole onto the devices of all of them."""
     if sharding.is_fully_addressable:
@@ -126,7 +115,14 @@ def map_replicates(
     def on_device(mine: tuple, shared: tuple) -> T:
         if runs_at_once(mesh):
             return jax.vmap(lambda replicate: function(*replicate, *shared))(mine)
-        return lax.map(lambda replicate: function(*replicate, *shared), mine)
+
+        def one(replicate: tuple) -> T:
+            # XLA would unroll a loop of one, move out of a longer one what is shared, and round
+            # differently in the two.
+            own, common = lax.optimization_barrier((replicate, shared))
+            return function(*own, *common)
+
+        return lax.map(one, mine)
 
     spread = jax.shard_map(
         on_device,

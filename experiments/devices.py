@@ -1,6 +1,7 @@
 """Which devices a run uses, decided before JAX starts."""
 
 import contextlib
+import itertools
 import math
 import os
 import sys
@@ -13,7 +14,7 @@ import psutil
 from jax.sharding import Mesh
 
 from bnjax import hosts
-from bnjax.distributed import fill_mesh, make_mesh, parse_mesh, runs_at_once
+from bnjax.distributed import make_mesh, parse_mesh
 from bnjax.paired import Arm, Lane
 from experiments.options import Execution
 
@@ -30,13 +31,15 @@ def cache_programs(directory: Path) -> None:
 
 
 def open_cpus(count: int | None = None) -> None:
-    """Makes so many devices of the CPU, by default one of each core.
+    """Makes so many devices of the CPU, by default one of each core, and at most `MAX_CPUS`.
 
     `XLA_FLAGS` that say how many, and a JAX that runs already, are left as they are.
     """
+    if _cores() == 1:  # XLA rounds otherwise where it has a single thread
+        os.environ.setdefault("NPROC", "2")
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # JAX runs already
-            jax.config.update("jax_num_cpu_devices", count or _cores())
+            jax.config.update("jax_num_cpu_devices", min(count or _cores(), MAX_CPUS))
 
 
 def describe() -> dict[str, Any]:
@@ -52,55 +55,54 @@ def make_lanes(arms: tuple[Arm, ...], mesh: str, replicates: int) -> list[Lane]:
     """Deals arms and replicates to devices.
 
     A CPU's cores become devices, unless `XLA_FLAGS` already says how many there are. Every arm is
-    a program of its own there, so that its numbers do not depend on its neighbours, and with
-    "auto" it has its own share of the cores. An accelerator trains all arms in one program. With
-    several processes every program runs on all devices.
+    a program of its own there, so that its numbers do not depend on its neighbours. An accelerator
+    trains all arms in one program. With several processes every program runs on all devices.
 
     Args:
         arms: what to train.
         mesh: "auto", or sizes as `parse_mesh` reads them: then every arm uses that mesh. "auto"
-            takes as many devices for replicates as there are, and spreads batches over the rest.
+            has at most one device for each replicate, and never spreads a batch; programs have
+            devices of their own as far as these go, and share them in turn.
         replicates: how many of each arm.
 
     Raises:
-        ValueError: if the mesh does not fit the devices.
+        ValueError: if the mesh does not fit the devices, or "auto" not those of several processes.
     """
     wanted = {} if mesh == "auto" else parse_mesh(mesh)
-    if jax.distributed.is_initialized():
-        shared = _span_hosts(wanted, replicates)
+    together = jax.distributed.is_initialized()
+    if not together:
+        open_cpus(math.prod(wanted.values()) if wanted else min(_cores(), len(arms) * replicates))
+    devices = _devices()
+    programs = [(arm,) for arm in arms] if devices[0].platform == "cpu" else [arms]
+    if together:
+        meshes = [_span_hosts(wanted, replicates)]
+    elif wanted:
+        meshes = [make_mesh(wanted["replicate"], wanted["data"])]
     else:
-        cpus = math.prod(wanted.values()) if wanted else min(_cores(), len(arms) * replicates)
-        open_cpus(min(cpus, MAX_CPUS))
-        devices = _devices()
-        share = len(devices) // len(arms)
-        if not wanted and devices[0].platform == "cpu" and share:
-            return [
-                Lane((arm,), fill_mesh(replicates, devices[k * share : (k + 1) * share]))
-                for k, arm in enumerate(arms)
-            ]
-        shared = (
-            make_mesh(wanted["replicate"], wanted["data"])
-            if wanted
-            else fill_mesh(replicates, devices)
-        )
-    if runs_at_once(shared):
-        return [Lane(arms, shared)]
-    return [Lane((arm,), shared) for arm in arms]
+        size = min(replicates, len(devices) // len(programs) or len(devices))
+        starts = range(0, len(devices) - size + 1, size)
+        meshes = [make_mesh(size, 1, devices[k : k + size]) for k in starts]
+    return [Lane(*deal) for deal in zip(programs, itertools.cycle(meshes), strict=False)]
 
 
 def _span_hosts(wanted: dict[str, int], replicates: int) -> Mesh:
-    """A mesh of all devices of all processes: none may be idle, and "auto" divides their number."""
-    count = jax.device_count()
-    if not wanted:
-        replicate = max(n for n in range(1, min(replicates, count) + 1) if count % n == 0)
-        return make_mesh(replicate, count // replicate)
-    if math.prod(wanted.values()) != count:
+    """A mesh of all devices of all processes: none may be idle."""
+    count, processes = jax.device_count(), jax.process_count()
+    if not wanted and count > replicates:
+        most = max(n for n in range(1, replicates + 1) if count % n == 0)
+        raise ValueError(
+            f"{processes} processes have {count} devices together, of which {replicates} "
+            f"replicate{'s' * (replicates > 1)} can use {replicates}: choose "
+            f"--mesh replicate={most},data={count // most}, which spreads the examples of each "
+            f"batch over them, or start a run with --replicates {count}"
+        )
+    if wanted and math.prod(wanted.values()) != count:
         told = ",".join(f"{axis}={size}" for axis, size in wanted.items())
         raise ValueError(
-            f"mesh {told} has {math.prod(wanted.values())} devices: {jax.process_count()} "
-            f"processes have {count} together, and all of them take part"
+            f"mesh {told} has {math.prod(wanted.values())} devices: {processes} processes have "
+            f"{count} together, and all of them take part"
         )
-    return make_mesh(wanted["replicate"], wanted["data"])
+    return make_mesh(wanted.get("replicate", count), wanted.get("data", 1))
 
 
 def join_processes(execution: Execution) -> None:

@@ -35,8 +35,8 @@ class Execution:
     """Run directory to go on in, with its own settings; only --epochs may grow."""
 
     mesh: Annotated[str, tyro.conf.arg(metavar="replicate=N,data=M")] = "auto"
-    """Devices to spread replicates and the examples of each batch over; auto takes as many as there
-    are replicates and cores (or accelerators), and what is left over for examples."""
+    """Devices to spread replicates and the examples of each batch over; auto takes at most one core
+    (or accelerator) for each replicate, and never spreads a batch."""
 
     distributed: bool = False
     """Join other processes that run the same command: those that SLURM, Open MPI or Kubernetes

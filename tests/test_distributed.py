@@ -3,10 +3,12 @@
 These need eight devices: XLA_FLAGS=--xla_force_host_platform_device_count=8.
 """
 
+import dataclasses
 import shutil
 from functools import cache, partial
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,19 +21,23 @@ from bnjax.layers import BatchNorm
 from bnjax.paired import Arm, Lane
 from bnjax.torch_interop import to_torch
 from bnjax.training import Batch
-from experiments import runs, scaling
+from experiments import devices, runs, scaling
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 
 MODEL = models.MLP((16, 16), 10)
 MESHES = [(1, 3), (2, 4), (1, 8)]
 MOMENTUM = partial(BatchNorm, momentum=0.9, ddof=1)
+SGD = optax.sgd(0.1)
 
 
 def examples(count, dtype):
     rng = np.random.default_rng(0)
     images = rng.normal(3, 1, (count, 12)).astype(dtype)
     return Batch(images, rng.integers(0, 10, count).astype(np.int32))
+
+
+MANY, FEW = examples(100, np.float32), examples(16, np.float32)
 
 
 def make_arm(use_batch_norm=True, optimizer=None, **settings):
@@ -251,12 +257,13 @@ def local(tmp_path_factory):
 
 def test_the_command_computes_the_same_on_any_mesh(tmp_path):
     settings = "--replicates", 2, "--epochs", 2, "--learning-rate", 1e-4
-    alone, shared = (tmp_path / mesh for mesh in ("replicate=1", "auto"))
-    for path in (alone, shared):
+    alone, *others = (tmp_path / name for name in ("replicate=1", "replicate=2,data=2", "auto"))
+    for path in (alone, *others):
         result = call(*DIGITS, *settings, "--mesh", path.name, "--out", path)
         assert result.status == 0, result.err
-    assert runs.read_config(shared)["mesh"] == {"replicate": 2, "data": 2}
-    assert_same_numbers(shared, alone)
+    for path, data in zip(others, (2, 1), strict=True):
+        assert runs.read_config(path)["mesh"] == {"replicate": 2, "data": data}
+        assert_same_numbers(path, alone)
 
 
 def test_local_statistics_of_the_command_differ_in_the_network_that_has_them(local, tmp_path):
@@ -291,10 +298,62 @@ def test_local_statistics_need_equal_shares_of_two(tmp_path, arguments, batch):
     assert not out.exists()
 
 
+def deal(monkeypatch, arms, replicates, count):
+    """The lanes of so many arms where there are so many devices."""
+    monkeypatch.setattr(devices, "_devices", lambda: jax.devices()[:count])
+    made = (dataclasses.replace(make_arm(optimizer=SGD), name=f"arm {k}") for k in range(arms))
+    return devices.make_lanes(tuple(made), "auto", replicates)
+
+
 @pytest.mark.parametrize(
-    ("replicates", "devices", "shape"),
-    [(1, 8, (1, 8)), (2, 8, (2, 4)), (3, 8, (3, 2)), (8, 8, (8, 1)), (20, 8, (8, 1))],
+    ("arms", "replicates", "count", "meshes"),
+    [
+        (2, 1, 2, ["0", "1"]),
+        (2, 1, 8, ["0", "1"]),
+        (2, 3, 8, ["012", "345"]),
+        (2, 20, 8, ["0123", "4567"]),
+        (2, 4, 1, ["0", "0"]),
+        (3, 1, 2, ["0", "1", "0"]),
+        (3, 4, 2, ["01", "01", "01"]),
+        (3, 4, 8, ["01", "23", "45"]),
+        (5, 1, 2, ["0", "1", "0", "1", "0"]),
+        (5, 2, 4, ["01", "23", "01", "23", "01"]),
+        (5, 2, 3, ["01", "01", "01", "01", "01"]),
+    ],
 )
-def test_replicates_come_first_and_batches_take_the_rest(replicates, devices, shape):
-    mesh = distributed.fill_mesh(replicates, jax.devices()[:devices])
-    assert tuple(mesh.shape.values()) == shape
+def test_arms_have_devices_of_their_own_or_share_them(monkeypatch, arms, replicates, count, meshes):
+    lanes = deal(monkeypatch, arms, replicates, count)
+    assert ["".join(str(d.id) for d in lane.mesh.devices.flat) for lane in lanes] == meshes
+    assert {lane.mesh.shape["data"] for lane in lanes} == {1}
+    assert [arm.name for lane in lanes for arm in lane.arms] == [f"arm {k}" for k in range(arms)]
+
+
+def train_arms(lanes, replicates):
+    """What an epoch leaves of each arm: variables and metrics, of each replicate."""
+    keys = paired.replicate_keys(0, replicates)
+    states = paired.create_states(lanes, keys, MANY.images[:2])
+    (epoch,) = paired.run(lanes, states, keys, MANY, FEW, epochs=range(1, 2), batch_size=32)
+    return {
+        name: jax.tree.map(
+            np.asarray, (state.variables, epoch.steps[name], epoch.train[name], epoch.test[name])
+        )
+        for name, state in epoch.states.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    with pytest.MonkeyPatch.context() as patch:
+        return train_arms(deal(patch, 5, 4, 1), 4)
+
+
+@pytest.mark.parametrize(
+    ("arms", "replicates", "count"),
+    [(2, 2, 8), (2, 4, 8), (3, 1, 2), (3, 4, 2), (5, 1, 3), (5, 2, 4), (5, 4, 3)],
+)
+def test_numbers_do_not_depend_on_how_many_devices_there_are(
+    monkeypatch, on_one_device, arms, replicates, count
+):
+    found = train_arms(deal(monkeypatch, arms, replicates, count), replicates)
+    expected = {name: on_one_device[name] for name in found}
+    chex.assert_trees_all_equal(found, jax.tree.map(lambda a: a[:replicates], expected))

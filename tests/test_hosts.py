@@ -105,11 +105,12 @@ def test_all_processes_write_checkpoints(pair):
     assert written == {"ocdbt.process_0", "ocdbt.process_1"}
 
 
-def test_replicates_on_processes_are_bitwise_those_of_one(start, alone, tmp_path):
+@pytest.mark.parametrize("mesh", ["replicate=2,data=1", "auto"])
+def test_replicates_on_processes_are_bitwise_those_of_one(start, alone, tmp_path, mesh):
     path = tmp_path / "run"
-    mesh = "--mesh", "replicate=2,data=1"
-    results = end(start(2, *NETWORK, *REPLICATES, *mesh, "--out", path))
+    results = end(start(2, *NETWORK, *REPLICATES, "--mesh", mesh, "--out", path))
     assert [result.status for result in results] == [0, 0], results
+    assert runs.read_config(path)["mesh"] == {"replicate": 2, "data": 1}
     assert lines_of(path) == lines_of(alone)
 
 
@@ -163,16 +164,45 @@ def test_as_many_processes_go_on_bitwise(start, killed, pair, tmp_path):
     assert lines_of(path) == lines_of(pair[0])
 
 
-@pytest.mark.parametrize(("count", "mesh"), [(1, None), (4, {"replicate": 2, "data": 2})])
+@pytest.mark.parametrize(("count", "mesh"), [(1, "auto"), (4, "replicate=2,data=2")])
 def test_other_numbers_of_processes_go_on(start, killed, alone, tmp_path, count, mesh):
     path = Path(shutil.copytree(killed, tmp_path / "run"))
-    again = "--resume", path, "--mesh", "auto"
+    again = "--resume", path, "--mesh", mesh
     results = [call(*again)] if count == 1 else end(start(count, *again))
     assert [result.status for result in results] == [0] * count, results
     assert "going on after epoch" in results[0].out
-    if mesh:
-        assert runs.read_config(path)["resumed"][-1]["mesh"] == mesh
     assert_same_numbers(path, alone)
+
+
+@pytest.mark.parametrize(
+    ("count", "resumed", "told"),
+    [
+        (
+            2,
+            False,
+            "2 processes have 2 devices together, of which 1 replicate can use 1: choose "
+            "--mesh replicate=1,data=2, which",
+        ),
+        (
+            4,
+            True,
+            "4 processes have 4 devices together, of which 2 replicates can use 2: choose "
+            "--mesh replicate=2,data=2, which",
+        ),
+    ],
+)
+def test_batches_are_not_spread_over_processes_unasked(
+    start, killed, tmp_path, count, resumed, told
+):
+    path = tmp_path / "run"
+    if resumed:
+        shutil.copytree(killed, path)
+    words = ("--resume", path, "--mesh", "auto") if resumed else (*NETWORK, "--out", path)
+    first, *others = end(start(count, *words))
+    assert first.status == 2
+    assert [one.startswith(f"error: {told}") for one in errors(first)] == [True]
+    assert [(other.status, errors(other)) for other in others] == [(2, [])] * len(others)
+    assert path.exists() == resumed
 
 
 def test_a_damaged_checkpoint_gives_way_in_all_processes(start, killed, pair, tmp_path):
@@ -209,7 +239,7 @@ def test_a_process_with_other_data_is_refused_by_name(start, tmp_path, exists):
     if exists:
         write_idx(tmp_path / "other", seed=1)
     own = {k: ("--data-dir", tmp_path / name) for k, name in ((0, "data"), (1, "other"))}
-    words = "--dataset", "kmnist", "--out", tmp_path / "run"
+    words = "--dataset", "kmnist", *SHARED, "--out", tmp_path / "run"
     first, other = end(start(2, *words, own=own))
     assert (first.status, other.status) == (2, 2)
     (told,) = errors(first)
@@ -221,7 +251,7 @@ def test_a_process_with_other_data_is_refused_by_name(start, tmp_path, exists):
 def test_divergence_ends_all_processes_alike(start, tmp_path):
     path = tmp_path / "run"
     settings = "--epochs", 2, "--learning-rate", 1e30, "--bn-statistics", "local"
-    results = end(start(2, *NETWORK, *settings, "--out", path))
+    results = end(start(2, *NETWORK, *settings, *SHARED, "--out", path))
     assert [result.status for result in results] == [3, 3], results
     assert [mark["arm"] for mark in divergences.read(path)] == ["bn", "no_bn"]
 
