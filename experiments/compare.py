@@ -114,15 +114,10 @@ def pair(first: Run, other: Run) -> dict[str, dict[str, Any]] | None:
 
 
 def write(path: Path, compared: Sequence[Run]) -> None:
-    """Writes the page, the picture and the numbers into a directory."""
-    from experiments.report import figures
-    from experiments.report.page import render, svg_uri
-
-    picture = figures.to_svg(figures.overlay({run.name: run.curves for run in compared}))
+    """Writes the numbers, the picture and the page into a directory."""
     different = differences(compared)
     paired = {run.name: pair(compared[0], run) for run in compared[1:]}
     path.mkdir(parents=True, exist_ok=True)
-    runs.write_bytes(path / "compare.svg", picture)
     runs.write_json(
         path / "compare.json",
         {
@@ -131,6 +126,11 @@ def write(path: Path, compared: Sequence[Run]) -> None:
             "paired": paired,
         },
     )
+    from experiments.report import figures  # matplotlib may fail, the numbers are there
+    from experiments.report.page import render, svg_uri
+
+    picture = figures.to_svg(figures.overlay({run.name: run.curves for run in compared}))
+    runs.write_bytes(path / "compare.svg", picture)
     page = render(
         "compare.html.j2",
         arms=metrics.ARMS,
@@ -168,10 +168,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 read(path)._replace(name=name)
                 for path, name in zip(paths, _names(paths), strict=True)
             ]
-        write(out, compared)
+        told = "the comparison could not be drawn"
+        with endings.optional(console, told, f"its numbers are in {out / 'compare.json'}"):
+            write(out, compared)
+            print_plain(console, f"comparison: {out / 'compare.html'}")
         for name, values in differences(compared).items():
             print_plain(console, f"{name}: {', '.join(map(str, values))}")
-        print_plain(console, f"comparison: {out / 'compare.html'}")
         return 0
 
     return endings.run(command, list)

@@ -107,8 +107,11 @@ def noting(console: Console, category: type[Warning]) -> Iterator[None]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", category)
         yield
-    for warning in caught:
-        print_plain(console, f"NOTE: {warning.message}", style="bold yellow")
+    for found in caught:
+        if issubclass(found.category, category):
+            print_plain(console, f"NOTE: {found.message}", style="bold yellow")
+        else:
+            warnings.warn_explicit(found.message, found.category, found.filename, found.lineno)
 
 
 def closing_table(summary: Mapping[str, Any]) -> Group:

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from bnjax import hosts
 from bnjax.errors import CheckpointError, shorten
+from experiments import runs
 from experiments.console import print_plain
 
 # The status of a run that has ended in order, but every replicate of one network diverged.
@@ -44,7 +45,7 @@ def mistakes() -> Iterator[None]:
 def optional(console: Console, what: str, then: str) -> Iterator[None]:
     """Where something fails that a run can do without: that costs a sentence, and not the run.
 
-    The system's own errors, such as a full disk, and lost processes end it nevertheless.
+    A file that cannot be written, as on a full disk, and lost processes end it nevertheless.
 
     Args:
         console: where to say it.
@@ -54,7 +55,7 @@ def optional(console: Console, what: str, then: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError) or hosts.is_lost(error):
+        if isinstance(error, runs.WriteError) or hosts.is_lost(error):
             raise
         told = f"NOTE: {what} ({shorten(error)}): {then}"
         print_plain(console, told, style="bold yellow")

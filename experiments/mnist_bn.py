@@ -37,7 +37,7 @@ import numpy as np
 from rich.console import Console
 
 from bnjax import checkpoint, hosts, paired
-from bnjax.errors import CheckpointWarning
+from bnjax.errors import CheckpointError, CheckpointWarning
 from bnjax.paired import States
 from bnjax.training import Batch
 from experiments import console as display
@@ -120,6 +120,10 @@ def run(plan: Plan, console: Console, check: Callable[[], None]) -> int:
         recorded = len(lines) // (len(metrics.ARMS) * experiment.replicates)
         with display.noting(console, CheckpointWarning):
             done, states = checkpoints.restore(create(), at_most=recorded)
+        if done < recorded and runs.is_finished(plan.path, experiment.epochs):
+            raise CheckpointError(
+                f"{plan.path} is finished, but has no state of its last epoch to look into any more"
+            )
         marks: list[dict[str, Any]] = []
         if hosts.is_first():
             (plan.path / "probes" / "end.npz").unlink(missing_ok=True)  # of fewer epochs

@@ -111,7 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 stack.enter_context(runs.occupied(path, *described))
             print_plain(console, f"directory: {path}")
             run([claims[name] for name in names], options, dataset, path, console, check)
-            print_plain(console, f"report: {path / 'report.html'}")
+            if (path / "report.html").exists():
+                print_plain(console, f"report: {path / 'report.html'}")
         return 0
 
     return endings.run(command, lambda: _words(options, path) if path else [])
@@ -188,7 +189,9 @@ def run(
                 jax.clear_caches()  # the next claim compiles programs of its own
                 done = _time_left(bar.tasks[task], begin)
             print_plain(console, verdicts.format_line(claim, path) + done)
-            verdicts.write_page(path, shlex.join(_words(options, None)))
+            then = "the same command with --out tries again"
+            with endings.optional(console, "the report could not be drawn", then):
+                verdicts.write_page(path, shlex.join(_words(options, None)))
 
 
 def _time_left(task: Task, begin: float) -> str:

@@ -35,6 +35,10 @@ class ReportWarning(UserWarning):
     """A part of a report that is missing."""
 
 
+class WriteError(OSError):
+    """A file of a run that cannot be written, by its name."""
+
+
 def default_path(preset: str, dataset: str) -> Path:
     """`runs/<preset>-<dataset>-<time>`, with a number behind it where that is taken."""
     stem = f"{preset}-{dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -251,7 +255,7 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise WriteError(error.errno, error.strerror, str(path)) from error
 
 
 def provenance() -> dict[str, Any]:

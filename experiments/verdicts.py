@@ -34,6 +34,7 @@ def listing(claims: Iterable[Claim]) -> Table:
 def save(path: Path, claim: Claim, evidence: Evidence, seconds: float) -> None:
     """Writes a claim's evidence into its directory."""
     (path / claim.id).mkdir(parents=True, exist_ok=True)
+    (path / claim.id / "figure.png").unlink(missing_ok=True)  # of other evidence
     content = runs.null_for_nan({**evidence._asdict(), "seconds": seconds})
     runs.write_json(path / claim.id / EVIDENCE, content)
 

@@ -14,7 +14,7 @@ from command import Result, call, lines_of
 from bnjax import checkpoint, models, population
 from bnjax.paired import Arm
 from bnjax.training import Batch
-from experiments import divergences, probes, runs, sweep, verdicts
+from experiments import compare, divergences, probes, runs, sweep, verdicts
 from experiments.claims import Evidence, load_claims
 from experiments.report import __main__ as report_command
 from experiments.report import heat
@@ -76,6 +76,7 @@ PICTURE = "NOTE: the report lacks {what} ({place} is broken): {again}"
                 "NOTE: what happens inside after epoch 2 could not be recorded ({place} is "
                 "broken): the report will be without it",
                 EPOCH_1,
+                EPOCH_1.replace("001", "002"),
             ],
         ),
         (
@@ -95,7 +96,10 @@ PICTURE = "NOTE: the report lacks {what} ({place} is broken): {again}"
             ],
         ),
         ("experiments.report.figures.curves", [PICTURE.replace("{what}", "the curves")]),
-        ("experiments.report.figures.features", [PICTURE.replace("{what}", "features.png")]),
+        (
+            "experiments.report.figures.features",
+            [PICTURE.replace("{what}", "the digit through the layers")],
+        ),
         ("experiments.report.layers.gradient_norms", [PICTURE.replace("{what}", "the gradients")]),
         (
             "experiments.report.predictions.confusions",
@@ -133,6 +137,30 @@ def test_what_fails_costs_a_sentence(whole, tmp_path, break_, monkeypatch, place
     assert_numbers_are_complete(path, whole)
 
 
+@pytest.mark.parametrize("error", [KeyError("a"), OSError("b"), MemoryError(), IndexError("c")])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "experiments.probes.after_epoch",
+        "experiments.probes.at_end",
+        "experiments.report.words.activations",
+        "experiments.report.figures.to_svg",
+        "experiments.report.run.render",
+    ],
+)
+def test_whatever_the_error_the_numbers_are_complete(whole, tmp_path, monkeypatch, place, error):
+    def fail(*_, **__):
+        raise error
+
+    module, _, name = place.rpartition(".")
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.import_module(module), name, fail)
+        result = call(*RUN, "--out", tmp_path / "run")
+    assert (result.status, result.err) == (0, "")
+    assert len(notes(result)) >= 1
+    assert_numbers_are_complete(tmp_path / "run", whole)
+
+
 def test_what_the_networks_have_become_is_recorded_by_going_on(
     whole, tmp_path, break_, monkeypatch
 ):
@@ -144,6 +172,16 @@ def test_what_the_networks_have_become_is_recorded_by_going_on(
     ends = [dict(np.load(run / "probes" / "end.npz")) for run in (path, whole)]
     jax.tree.map(np.testing.assert_array_equal, *ends)
     assert "is finished: 2 epochs" in call("--resume", path).out
+
+
+def test_a_finished_run_is_not_trained_again_for_a_look(whole, tmp_path):
+    path = Path(shutil.copytree(whole, tmp_path / "run"))
+    (path / "probes" / "end.npz").unlink()
+    shutil.rmtree(path / "checkpoints")
+    result = call("--resume", path)
+    assert result.status == 2
+    assert "is finished, but has no state of its last epoch" in result.err
+    assert_numbers_are_complete(path, whole)
 
 
 def test_a_finished_run_is_drawn_without_what_was_lost(whole, tmp_path, capsys):
@@ -220,6 +258,8 @@ def test_evidence_is_kept_where_its_picture_fails(tmp_path, monkeypatch, capsys)
     monkeypatch.undo()
     verdicts.write_page(tmp_path, "again")
     assert (tmp_path / claim.id / "figure.png").exists()
+    verdicts.save(tmp_path, claim, evidence, 1.0)
+    assert not (tmp_path / claim.id / "figure.png").exists()  # it showed other evidence
 
 
 CONFIG = json.dumps(
@@ -246,3 +286,11 @@ def test_a_sweep_keeps_its_numbers_where_its_map_fails(tmp_path, monkeypatch, ca
     assert json.loads((tmp_path / "sweep" / "sweep.json").read_text())["cells"]
     assert sweep.main(arguments) == 0
     assert (tmp_path / "sweep" / "sweep.html").exists()
+
+
+def test_a_comparison_keeps_its_numbers_where_its_picture_fails(whole, tmp_path, break_, capsys):
+    other = Path(shutil.copytree(whole, tmp_path / "other"))
+    break_("experiments.report.figures.overlay")
+    assert compare.main([str(whole), str(other), "--out", str(tmp_path / "compared")]) == 0
+    assert "NOTE: the comparison could not be drawn (" in capsys.readouterr().out
+    assert json.loads((tmp_path / "compared" / "compare.json").read_text())["runs"]

@@ -132,14 +132,17 @@ class TestPictures:
             assert dict(matplotlib.rcParams) == before
         assert [name for name in drawn if found[name] != drawn[name]] == []
 
-    def test_of_a_command_with_a_matplotlibrc(self, made_up_runs, drawn, tmp_path):
+    @pytest.mark.parametrize("content", ["taste", b"\xff\xfe", None])
+    def test_of_a_command_with_a_matplotlibrc(self, made_up_runs, drawn, tmp_path, content):
+        """One of taste, one that is damaged, and a backend that is not there."""
         file = tmp_path / "matplotlibrc"
         lines = [f"{name}: {value}\n" for taste in TASTES.values() for name, value in taste.items()]
-        file.write_text("".join(lines))
+        file.write_bytes("".join(lines).encode() if content == "taste" else content or b"")
+        backend = {} if content else {"MPLBACKEND": "nonsense"}
         run = made_up_runs[0]
         subprocess.run(
             [sys.executable, "-m", "experiments.report", run],
-            env={**os.environ, "MATPLOTLIBRC": str(file)},
+            env={**os.environ, "MATPLOTLIBRC": str(file), **backend},
             check=True,
         )
         names = [name for name in drawn if (run / name).exists()]

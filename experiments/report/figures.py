@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
+from bnjax.errors import CheckpointError
 from bnjax.statistics import summarize
 from experiments.metrics import ARMS, LABELS
 
@@ -262,14 +263,27 @@ def to_svg(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+class Arrays(dict[str, np.ndarray]):
+    """The arrays of a file, which says of one that it lacks."""
+
+    def __init__(self, path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+        super().__init__(arrays)
+        self._path = path
+
+    def __missing__(self, name: str) -> np.ndarray:
+        told = f"{self._path} lacks {name}: another version saved them, or they are damaged"
+        raise CheckpointError(told)
+
+
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an `.npz` file.
 
     Raises:
-        ValueError: if it is none, or damaged.
+        CheckpointError: if it is none, or damaged.
     """
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            return dict(file)
+            return Arrays(path, file)
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): nothing can be drawn from it") from None
+        told = f"{path} is damaged ({error}): delete it, and the rest can be drawn"
+        raise CheckpointError(told) from None

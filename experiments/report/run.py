@@ -1,5 +1,6 @@
 """The page of a run, drawn from its files alone."""
 
+import shlex
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -8,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from bnjax.errors import shorten
+from bnjax.errors import CheckpointError, shorten
 from experiments import divergences, metrics, options, probes, runs
 from experiments.console import ONE_REPLICATE, TITLES, format_certainty, format_summary
 from experiments.presets import Experiment
@@ -30,24 +31,24 @@ class Parts:
         self._path = path
         self.missing: list[str] = []
 
-    def read(self, *names: str) -> list[Probes]:
-        """Files of `probes`; none where one was not recorded."""
-        files = [self._path / "probes" / f"{name}.npz" for name in names]
-        absent = [file.name for file in files if not file.exists()]
-        if absent:
-            told = f"what probes/{absent[0]} would show, which is not there"
-            again = f": python -m experiments.mnist_bn --resume {self._path} records it"
-            self.missing.append(told + again * (absent == ["end.npz"]))
-        return [] if absent else [read_arrays(file) for file in files]
+    def read(self, name: str) -> Probes | None:
+        """A file of `probes`; None where it was not recorded."""
+        file = self._path / "probes" / f"{name}.npz"
+        if file.exists():
+            return read_arrays(file)
+        resume = f"python -m experiments.mnist_bn --resume {shlex.quote(str(self._path))}"
+        again = f": {resume} records it" * (name == "end")
+        self.missing.append(f"what probes/{file.name} would show, which is not there{again}")
+        return None
 
     def make(self, what: str, draw: Callable[[], T]) -> T | None:
-        """What `draw` returns, or None where it fails; files that lack something are an error."""
+        """What `draw` returns, or None where it fails; damaged files are an error."""
         try:
             return draw()
-        except KeyError:
+        except CheckpointError:
             raise
         except Exception as error:
-            again = f"python -m experiments.report {self._path} tries again"
+            again = f"python -m experiments.report {shlex.quote(str(self._path))} tries again"
             self.missing.append(f"{what} ({shorten(error)}): {again}")
             return None
 
@@ -120,34 +121,41 @@ def redraw(path: Path, *, ended: bool = False) -> dict[str, Any]:
 def look_inside(path: Path, experiment: Experiment, replicate: int, parts: Parts) -> dict[str, Any]:
     """What the page shows of a replicate that was finite to the end; writes `features.png`."""
     example, end = parts.read("example"), parts.read("end")
-    epochs = parts.read(*(f"epoch-{k:03}" for k in range(1, experiment.epochs + 1)))
+    found = [parts.read(f"epoch-{k:03}") for k in range(1, experiment.epochs + 1)]
+    epochs = [probes for probes in found if probes]
+    first, last = found[0], found[-1]
     pictures: list[Picture | None] = []
-    if example and epochs:
-        label = int(example[0]["label"])
-        image = example[0]["image"]
+    if example and last:
+        label, image = int(example["label"]), example["image"]
 
         def draw_features() -> tuple[bytes, Picture]:
-            png = figures.to_png(figures.features(image, label, epochs[-1], replicate))
+            png = figures.to_png(figures.features(image, label, last, replicate))
             return png, Picture(
                 "One digit through the layers",
                 png_uri(png),
-                words.features(label, epochs[-1], replicate),
+                words.features(label, last, replicate),
                 "What leaves each hidden layer after the last epoch, each layer on its own scale. "
                 "Blue cells are padding.",
                 dark=False,
             )
 
-        if drawn := parts.make("features.png", draw_features):
+        if drawn := parts.make("the digit through the layers", draw_features):
             runs.write_bytes(path / "features.png", drawn[0])
             pictures.append(drawn[1])
-    draw = draw_epochs(epochs, replicate, experiment.replicates) if epochs else {}
+    draw: dict[str, Callable[[], Picture]] = {}
+    if len(epochs) == len(found):
+        draw["the activations over the epochs"] = partial(draw_percentiles, epochs, replicate)
+    if first and last:
+        draw["the histograms of the activations"] = partial(draw_histograms, first, last, replicate)
+        several = experiment.replicates > 1
+        draw["the gradients"] = partial(draw_gradients, first, last, several)
     if end:
-        draw["the running statistics"] = partial(draw_statistics, end[0])
+        draw["the running statistics"] = partial(draw_statistics, end)
     pictures += [parts.make(what, drawing) for what, drawing in draw.items()]
     return {
         "replicate": replicate,
         "pictures": [picture for picture in pictures if picture],
-        "predictions": parts.make("the predictions", partial(tabulate, end[0])) if end else None,
+        "predictions": parts.make("the predictions", partial(tabulate, end)) if end else None,
     }
 
 
@@ -163,40 +171,45 @@ def tabulate(end: Probes) -> dict[str, Any]:
     }
 
 
-def draw_epochs(
-    epochs: Sequence[Probes], replicate: int, replicates: int
-) -> dict[str, Callable[[], Picture]]:
-    """What draws the pictures of what happens inside both networks, by what they show."""
-    first, last = epochs[0], epochs[-1]
-    some = _tell_choice(last["bn/percentiles"].shape[1])
-    bands = " Bands are 95 % intervals, cut where they would leave the picture." * (replicates > 1)
-    activations, gradients = words.activations(last, replicate), words.gradients(last)
-    return {
-        "the activations over the epochs": lambda: Picture(
-            "What enters the activations, over the epochs",
-            svg_uri(figures.to_svg(layers.percentiles(epochs, replicate))),
-            "Percentiles of the values that enter the activations, by layer and epoch, with batch "
-            f"normalization above and without below. {activations}",
-            "Line: the median. Dark band: the middle half; light band: nine tenths of all values, "
-            "of a fixed sample of training examples with running statistics. Batch normalization "
-            "brings them to mean 0 and deviation 1, then scales and shifts them by what it has "
-            f"learned. {activations}{some}",
-        ),
-        "the histograms of the activations": lambda: Picture(
-            "What enters the activations, first and last epoch",
-            svg_uri(figures.to_svg(layers.histograms(first, last, replicate))),
-            f"Histograms of the same values after the first and the last epoch. {activations}",
-            f"Dotted after the first epoch, solid after the last.{some}",
-        ),
-        "the gradients": lambda: Picture(
-            "How strong the gradients are",
-            svg_uri(figures.to_svg(layers.gradient_norms(first, last))),
-            f"Norms of the gradients by layer. {gradients}",
-            "Norm of the gradient of the sample's loss in each kernel, in training mode. A steep "
-            "line means that some layers learn from much stronger gradients than others. "
-            f"{gradients}{bands}",
-        ),
-    }
+def draw_percentiles(epochs: Sequence[Probes], replicate: int) -> Picture:
+    """The picture of what enters the activations, over the epochs."""
+    told = words.activations(epochs[-1], replicate)
+    return Picture(
+        "What enters the activations, over the epochs",
+        svg_uri(figures.to_svg(layers.percentiles(epochs, replicate))),
+        "Percentiles of the values that enter the activations, by layer and epoch, with batch "
+        f"normalization above and without below. {told}",
+        "Line: the median. Dark band: the middle half; light band: nine tenths of all values, "
+        "of a fixed sample of training examples with running statistics. Batch normalization "
+        "brings them to mean 0 and deviation 1, then scales and shifts them by what it has "
+        f"learned. {told}{_tell_choice(epochs[-1]['bn/percentiles'].shape[1])}",
+    )
+
+
+def draw_histograms(first: Probes, last: Probes, replicate: int) -> Picture:
+    """The picture of what enters the activations after the first epoch and after the last."""
+    told = words.activations(last, replicate)
+    return Picture(
+        "What enters the activations, first and last epoch",
+        svg_uri(figures.to_svg(layers.histograms(first, last, replicate))),
+        f"Histograms of the same values after the first and the last epoch. {told}",
+        "Dotted after the first epoch, solid after the last."
+        + _tell_choice(last["bn/percentiles"].shape[1]),
+    )
+
+
+def draw_gradients(first: Probes, last: Probes, several: bool) -> Picture:
+    """The picture of the norms of gradients; bands are drawn where there are several replicates."""
+    bands = " Bands are 95 % intervals, cut where they would leave the picture." * several
+    told = words.gradients(last)
+    return Picture(
+        "How strong the gradients are",
+        svg_uri(figures.to_svg(layers.gradient_norms(first, last))),
+        f"Norms of the gradients by layer. {told}",
+        "Norm of the gradient of the sample's loss in each kernel, in training mode. A steep "
+        "line means that some layers learn from much stronger gradients than others. "
+        f"{told}{bands}",
+    )
 
 
 def draw_statistics(end: Probes) -> Picture:
@@ -208,7 +221,7 @@ def draw_statistics(end: Probes) -> Picture:
         f"Running statistics against those of the training set. {told}",
         "One dot for each unit of the network with batch normalization. On the line the "
         "running average, by which evaluation normalizes, is what it estimates: the statistic "
-        "of the training set under the final weights, here over chunks of 5,000 examples. "
+        "of the training set under the final weights, here over chunks of some thousand examples. "
         f"{told}{_tell_choice(len(layers.batch_norms(end)))}",
     )
 
