@@ -384,5 +384,5 @@ def _is_first_largest(logits: Array, labels: AnyArray) -> Array:
 
 def _classes_and_labels(logits: Array, labels: AnyArray) -> tuple[Array, AnyArray]:
     """All classes and the labels as integers of one dtype, in which both are exact."""
-    labels = labels.astype(np.promote_types(labels.dtype, np.int32))
-    return jnp.arange(logits.shape[1], dtype=labels.dtype), labels
+    dtype = jax.dtypes.canonicalize_dtype(np.promote_types(labels.dtype, np.int32))
+    return jnp.arange(logits.shape[1], dtype=dtype), labels.astype(dtype)
