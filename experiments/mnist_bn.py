@@ -180,7 +180,7 @@ def run(plan: Plan, console: Console, check: Callable[[], None]) -> int:
         with endings.optional(console, what, f"{shlex.join(_how_to_go_on(plan.path))} tries again"):
             _look_inside(plan, states, train, test)
     status = hosts.tell_all(_finish(plan.path, console) if hosts.is_first() else None)[0]
-    if execution.open and hosts.is_first():
+    if execution.open and hosts.is_first() and (plan.path / "report.html").exists():
         display.open_report(plan.path)
     return status
 
@@ -238,6 +238,8 @@ def _finish(path: Path, console: Console) -> int:
         display.print_plain(console, f"report: {path / 'report.html'}")
     if summary is None:
         lines, marks = metrics.read(path), divergences.read(path)
+        if not lines:
+            raise CheckpointError(f"{path} does not hold the run any more")
         summary = metrics.write_summary(path, lines, marks)
     console.print(display.closing_table(summary))
     diverged = [arm for arm in metrics.ARMS if summary["arms"][arm]["train_cost"]["n"] == 0]
