@@ -18,7 +18,7 @@ from jax import Array
 
 from bnjax import population
 from bnjax.models import MLP
-from bnjax.training import Batch, cross_entropy, to_float
+from bnjax.training import Batch, cross_entropy, to_float, vary_with
 
 Variables = Mapping[str, Any]
 
@@ -66,7 +66,9 @@ def gradient_norms(model: nn.Module, variables: Variables, batch: Batch) -> dict
     Returns:
         `{"Dense_0": [], ...}`, a scalar for each layer that has a kernel, by its path.
     """
-    gradients = flatten_dict(jax.grad(_loss(model, variables, batch))(variables["params"]))
+    gradients = flatten_dict(
+        jax.grad(_loss(model, variables, batch))(vary_with(batch, variables["params"]))
+    )
     return {
         "/".join(path[:-1]): jnp.linalg.norm(gradient.ravel())
         for path, gradient in gradients.items()
@@ -105,7 +107,8 @@ def backpropagated_norms(model: nn.Module, variables: Variables, batch: Batch) -
         with nn.intercept_methods(shift):
             return _loss(model, variables, batch)(variables["params"])
 
-    gradients = jax.grad(loss)({path: jnp.zeros(y.shape, y.dtype) for path, y in outputs.items()})
+    shifts = {path: jnp.zeros(y.shape, y.dtype) for path, y in outputs.items()}
+    gradients = jax.grad(loss)(vary_with(batch, shifts))
     return {"/".join(path): jnp.linalg.norm(g.ravel()) for path, g in gradients.items()}
 
 
@@ -122,10 +125,11 @@ def landscape(
     Source: Santurkar et al., "How does batch normalization help optimization?" (2018), figure 4.
     """
     loss = jax.value_and_grad(_loss(model, variables, batch))
-    here, gradient = loss(variables["params"])
+    params = vary_with(batch, variables["params"])
+    here, gradient = loss(params)
 
     def at(step_size: Array) -> tuple[Array, Array]:
-        there = jax.tree.map(lambda w, g: w - step_size * g, variables["params"], gradient)
+        there = jax.tree.map(lambda w, g: w - step_size * g, params, gradient)
         value, other = loss(there)
         squares = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), other, gradient)
         return value, jnp.sqrt(sum(jax.tree.leaves(squares)))

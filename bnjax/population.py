@@ -173,7 +173,7 @@ def _replace(
         if not (found and found[0]):
             what = "batch normalization in the module" if found else "batch"
             raise ValueError(f"there is nothing to estimate statistics from: found no {what}")
-        stats = flatten_dict(variables["batch_stats"])
+        stats = flatten_dict(variables.get("batch_stats", {}))
         for layer in found[0]:
             moments = combine([_exact(*call) for layers in found for call in layers[layer]])
             for name, value in (("mean", moments.mean), ("var", moments.var)):

@@ -147,12 +147,10 @@ def train_step(
         (1, 4)
     """
 
-    own = state
+    own = state.replace(params=vary_with(batch, state.params))
     if axis_name is not None:
-        own = _fold_dropout(state, lax.axis_index(axis_name))
+        own = _fold_dropout(own, lax.axis_index(axis_name))
         first = lax.axis_index(axis_name) == 0
-        # As one device's own, or `shard_map` with `check_vma` would add the gradients up by itself.
-        own = own.replace(params=jax.tree.map(lambda a: jnp.where(first, a, a), own.params))
 
     def loss_fn(params: Any) -> tuple[Array, tuple[Metrics, Any]]:
         logits, updates = forward(own.replace(params=params), batch.images, train=True)
@@ -167,6 +165,15 @@ def train_step(
         metrics, batch_stats = lax.psum((metrics, firsts), axis_name)
     with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic needs it
         return state.apply_gradients(grads=gradients, batch_stats=batch_stats), metrics
+
+
+def vary_with(batch: Batch, tree: State) -> State:
+    """The same arrays as each device's own, where devices have batches of their own.
+
+    `shard_map` with its default checks would add up gradients in what all devices share.
+    """
+    some = (batch.labels == 0).any()
+    return jax.tree.map(lambda a: jnp.where(some, a, a), tree)
 
 
 def _in_containers_of(before: Any, after: Any) -> Any:
@@ -321,13 +328,12 @@ def evaluate(
 
 
 def _count(examples: Batch) -> int:
-    counts = {name: values.shape[0] for name, values in examples._asdict().items()}
-    if counts["images"] != counts["labels"]:
+    images, labels = examples.images.shape[0], examples.labels.shape[0]
+    if images != labels:
         raise ValueError(
-            f"{counts['images']} images and {counts['labels']} labels: expected as many of one as "
-            "of the other"
+            f"{images} images and {labels} labels: expected as many of one as of the other"
         )
-    return counts["labels"]
+    return labels
 
 
 def _metrics(logits: Array, labels: AnyArray) -> Metrics:
@@ -384,5 +390,6 @@ def _is_first_largest(logits: Array, labels: AnyArray) -> Array:
 
 def _classes_and_labels(logits: Array, labels: AnyArray) -> tuple[Array, AnyArray]:
     """All classes and the labels as integers of one dtype, in which both are exact."""
-    dtype = jax.dtypes.canonicalize_dtype(np.promote_types(labels.dtype, np.int32))
+    wide = labels.dtype if labels.dtype.itemsize >= 4 else np.int32
+    dtype = jax.dtypes.canonicalize_dtype(wide)
     return jnp.arange(logits.shape[1], dtype=dtype), labels.astype(dtype)

@@ -91,6 +91,11 @@ class TestExport:
             assert relative_error(updates["batch_stats"]["mean"], mean) < 1e-6
             assert relative_error(updates["batch_stats"]["var"], var) < 1e-6
 
+    def test_the_first_variables(self):
+        layer = bnjax.BatchNorm(use_running_average=False)
+        init = exported(lambda x: layer.init(KEY, x), ("(n, 6)", "f"))
+        assert_close(init(normal(5, 6)), layer.init(KEY, normal(5, 6)))
+
     def test_one_sample_leaves_the_statistics_alone(self):
         layer = bnjax.BatchNorm(use_running_average=False)
         variables = layer.init(KEY, normal(4, 6))
@@ -236,6 +241,20 @@ class TestShardMap:
         step = partial(training.train_step, axis_name="d")
         spread = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("d")), out_specs=P())
         assert_close(spread(state, batch)[0].params, training.train_step(state, batch)[0].params)
+
+    @pytest.mark.parametrize("name", ["gradient_norms", "backpropagated_norms"])
+    @needs_devices
+    def test_diagnostics_are_of_each_devices_own_batch(self, name):
+        batch, variables = examples(32), make_state().variables
+        look = partial(getattr(diagnostics, name), models.MLP((8, 8), 3))
+        mesh = Mesh(jax.devices()[:4], ("d",))
+        spread = jax.shard_map(
+            lambda variables, batch: jax.tree.map(lambda a: a[None], look(variables, batch)),
+            mesh=mesh, in_specs=(P(), P("d")), out_specs=P("d"),
+        )  # fmt: skip
+        first = jax.tree.map(lambda a: a[:8], batch)
+        own = jax.tree.map(lambda a: a[0], spread(variables, batch))
+        assert_close(own, look(variables, first))
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_is_traced_without_devices(self, kind):
