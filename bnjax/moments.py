@@ -173,9 +173,9 @@ def _sum_rows(x: Array) -> Array:
 def _sum_blocks(x: Array, size: int) -> Array:
     blocks, rest = divmod(x.shape[0], size)
     sums = x[: blocks * size].reshape(blocks, size, x.shape[1]).sum(axis=1)
-    return (
-        sums if isinstance(rest, int) and not rest else jnp.concatenate([sums, x[blocks * size :]])
-    )
+    if isinstance(rest, int) and not rest:
+        return sums
+    return jnp.concatenate([sums, x[blocks * size :]])
 
 
 def _block_size(rows: int) -> int:

@@ -49,11 +49,10 @@ def virtual_batches(train: Train, size: int) -> Train:
         _, after = train(x, scale, bias, stats, mask=mask)
         count = x.shape[0]
         if size < 1 or count % size != 0:
+            hint = "" if isinstance(count, int) else f", as an export knows of {size}*n"
             raise ValueError(
                 f"virtual_batch_size is {size}: expected a positive number that divides "
-                f"the batch of {count} examples"
-                + f", as an export knows of {size}*n"
-                * (not isinstance(count, int))
+                f"the batch of {count} examples{hint}"
             )
 
         def step(stats: BatchStats, group: tuple[Array, Array | None]) -> tuple[BatchStats, Array]:

@@ -115,7 +115,8 @@ def redraw(path: Path, *, ended: bool = False) -> dict[str, Any]:
     runs.write_bytes(path / "report.html", html.encode(errors="replace"))
     for part in parts.missing:
         warnings.warn(f"the report lacks {part}", runs.ReportWarning, stacklevel=2)
-    return metrics.write_summary(path, lines, marks)
+    runs.write_json(path / "summary.json", summary)
+    return summary
 
 
 def look_inside(path: Path, experiment: Experiment, replicate: int, parts: Parts) -> dict[str, Any]:
