@@ -21,8 +21,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from bnjax import distributed, hosts
 from bnjax.errors import CheckpointError, CheckpointWarning, DamagedCheckpointError, shorten
+from bnjax.parallel import processes
 
 KEEP = 2
 HEADER = 8
@@ -55,7 +55,7 @@ class Checkpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if "_manager" in vars(self) and (kind is None or hosts.count() == 1):
+        if "_manager" in vars(self) and (kind is None or processes.count() == 1):
             with self._writing():
                 self._manager.close()
 
@@ -70,10 +70,12 @@ class Checkpoints:
         packed = self._pack(epochs, states)
         self._latest = epochs, packed
         with self._writing():
-            if hosts.is_first():
-                self._directory.mkdir(exist_ok=True)  # orbax would make a lost run directory again
-            hosts.wait("a directory for checkpoints")
-            self._manager.save(epochs, args=ocp.args.StandardSave({"state": hosts.share(packed)}))
+            if processes.is_first():
+                self._directory.mkdir(exist_ok=True)  # orbax would make lost ones again
+            processes.wait("a directory for checkpoints")
+            self._manager.save(
+                epochs, args=ocp.args.StandardSave({"state": processes.share(packed)})
+            )
 
     def restore(self, states: Any, *, at_most: float = math.inf) -> tuple[int, Any]:
         """The number of epochs of the last whole checkpoint and its states; `(0, states)` if none.
@@ -121,14 +123,14 @@ class Checkpoints:
                 f"{self._directory / str(epochs)}: of other settings or of another version of the "
                 "networks; go on with those that wrote it, or start a new run"
             )
-        place = HEADER
+        start = HEADER
 
         def take(leaf: jax.Array) -> jax.Array:
-            nonlocal place
-            content = packed[place : place + leaf.nbytes].tobytes()
-            place += leaf.nbytes
+            nonlocal start
+            content = packed[start : start + leaf.nbytes].tobytes()
+            start += leaf.nbytes
             values = np.frombuffer(content, leaf.dtype).reshape(leaf.shape)
-            return distributed.place(values, leaf.sharding)
+            return place(values, leaf.sharding)
 
         return jax.tree.map(take, states)
 
@@ -143,7 +145,7 @@ class Checkpoints:
         except MemoryError:
             raise
         except Exception as error:  # orbax and its file formats raise whatever they like
-            if hosts.is_lost(error):
+            if processes.is_lost(error):
                 raise
             code = _system_code(error)
             if code not in (None, errno.ENOENT):
@@ -159,11 +161,11 @@ class Checkpoints:
     def _set_aside(self, epochs: int, problem: str) -> None:
         path = self._directory / str(epochs)
         aside = None
-        hosts.wait(f"{path} was read")
-        if hosts.is_first():
+        processes.wait(f"{path} was read")
+        if processes.is_first():
             aside = tempfile.mkdtemp(prefix=f"damaged-{epochs}-", dir=self._directory)
             path.rename(aside)
-        aside = hosts.tell_all(aside)[0]
+        aside = processes.tell_all(aside)[0]
         self._manager.reload()
         warnings.warn(
             f"{path}: {problem}; an earlier state takes its place, it is now {Path(aside).name}",
@@ -172,9 +174,11 @@ class Checkpoints:
         )
 
     def _pack(self, epochs: int, states: Any) -> np.ndarray:
-        leaves = [leaf.reshape(-1).view(np.uint8) for leaf in jax.tree.leaves(hosts.gather(states))]
+        leaves = [
+            leaf.reshape(-1).view(np.uint8) for leaf in jax.tree.leaves(processes.gather(states))
+        ]
         size = HEADER + sum(map(len, leaves))
-        spare = -size % hosts.count()
+        spare = -size % processes.count()
         packed = np.concatenate([np.zeros(HEADER, np.uint8), *leaves, np.zeros(spare, np.uint8)])
         header = packed[:HEADER].view(np.uint32)
         header[1] = self._fingerprint(states)
@@ -192,7 +196,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # as above
-            if hosts.is_lost(error):
+            if processes.is_lost(error):
                 raise
             code = _system_code(error)
             reason = os.strerror(code) if code else shorten(error)
@@ -208,7 +212,7 @@ class Checkpoints:
             max_to_keep=KEEP,
             async_options=at_once,
             # Among processes, one may fail while others wait: nothing is left in the background.
-            enable_async_checkpointing=hosts.count() == 1,
+            enable_async_checkpointing=processes.count() == 1,
         )
         handler = ocp.StandardCheckpointHandler()
         return ocp.CheckpointManager(self._directory, options=options, item_handlers=handler)

@@ -14,7 +14,7 @@ from numpy.lib.array_utils import normalize_axis_tuple
 
 from bnjax.functional import BatchStats, batch_norm_eval, batch_norm_train
 from bnjax.moments import statistics_dtype
-from bnjax.relatives import Train, batch_renorm_train, virtual_batches
+from bnjax.variants import Train, batch_renorm_train, virtual_batches
 
 
 class BatchNorm(nn.Module):
@@ -48,8 +48,8 @@ class BatchNorm(nn.Module):
         force_float32_reductions: accepted for Flax's sake, changes nothing.
         ddof: 0 tracks the biased variance (Flax), 1 the unbiased one (PyTorch).
         virtual_batch_size: normalize every so many consecutive examples on their own (ghost batch
-            normalization, `bnjax.relatives.virtual_batches`); must divide the batch.
-        renorm: `(r_max, d_max)` of batch renormalization (`bnjax.relatives.batch_renorm_train`).
+            normalization, `bnjax.variants.virtual_batches`); must divide the batch.
+        renorm: `(r_max, d_max)` of batch renormalization (`bnjax.variants.batch_renorm_train`).
 
     Source: Ioffe & Szegedy (2015), algorithms 1 and 2.
 

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.stages import Compiled
 
 from bnjax import training
-from bnjax.distributed import constrain, map_replicates, replicate_data
+from bnjax.parallel.mesh import constrain, map_replicates, replicate_data
 from bnjax.training import AnyArray, Batch, Metrics, TrainState
 
 States = dict[str, TrainState]

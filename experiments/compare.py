@@ -18,9 +18,9 @@ import tyro
 from rich.console import Console
 
 from bnjax.statistics import paired_difference
-from experiments import endings, metrics, options, runs
-from experiments.console import SHOWN, TITLES, format_certainty, format_summary, print_plain
-from experiments.presets import Experiment
+from experiments.lab import exits, metrics, options, rundir
+from experiments.lab.console import SHOWN, TITLES, format_certainty, format_summary, print_plain
+from experiments.lab.presets import Experiment
 
 PROG = "python -m experiments.compare"
 
@@ -36,7 +36,7 @@ class Settings:
     """Directory to create."""
 
     def __post_init__(self) -> None:
-        places = [runs.expand(path).resolve() for path in self.runs]
+        places = [rundir.expand(path).resolve() for path in self.runs]
         if len(set(places)) < max(2, len(places)):
             raise ValueError("expected two runs or more to compare, each of them once")
 
@@ -56,7 +56,7 @@ def read(path: Path) -> Run:
     Raises:
         ValueError: if it is none, is damaged, or has no epoch yet.
     """
-    config, lines = runs.read_config(path), metrics.read(path)
+    config, lines = rundir.read_config(path), metrics.read(path)
     if not lines:
         raise ValueError(f"{path} is no run of experiments.mnist_bn, or has no epoch yet")
     Experiment.load(config["experiment"])
@@ -118,7 +118,7 @@ def write(path: Path, compared: Sequence[Run]) -> None:
     different = differences(compared)
     paired = {run.name: pair(compared[0], run) for run in compared[1:]}
     path.mkdir(parents=True, exist_ok=True)
-    runs.write_json(
+    rundir.write_json(
         path / "compare.json",
         {
             "runs": {run.name: run.summary for run in compared},
@@ -130,11 +130,11 @@ def write(path: Path, compared: Sequence[Run]) -> None:
     from experiments.report.page import render, svg_uri
 
     picture = figures.to_svg(figures.overlay({run.name: run.curves for run in compared}))
-    runs.write_bytes(path / "compare.svg", picture)
+    rundir.write_bytes(path / "compare.svg", picture)
     page = render(
         "compare.html.j2",
         arms=metrics.ARMS,
-        replaced=any(runs.is_replaced(run.config) for run in compared),
+        replaced=any(rundir.is_replaced(run.config) for run in compared),
         certainty=format_certainty,
         commands={run.name: options.repeat(run.config) for run in compared},
         curves=svg_uri(picture),
@@ -145,7 +145,7 @@ def write(path: Path, compared: Sequence[Run]) -> None:
         shown=list(SHOWN),
         titles={**TITLES, "difference": "difference"},
     )
-    runs.write_bytes(path / "compare.html", page.encode(errors="replace"))
+    rundir.write_bytes(path / "compare.html", page.encode(errors="replace"))
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -160,23 +160,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
 
     def command(check: Callable[[], None]) -> int:
-        with endings.mistakes():
-            out = runs.expand(settings.out)
-            runs.check_free(out)
-            paths = [runs.expand(path).resolve() for path in settings.runs]
+        with exits.mistakes():
+            out = rundir.expand(settings.out)
+            rundir.check_free(out)
+            paths = [rundir.expand(path).resolve() for path in settings.runs]
             compared = [
                 read(path)._replace(name=name)
                 for path, name in zip(paths, _names(paths), strict=True)
             ]
         told = "the comparison could not be drawn"
-        with endings.optional(console, told, f"its numbers are in {out / 'compare.json'}"):
+        with exits.optional(console, told, f"its numbers are in {out / 'compare.json'}"):
             write(out, compared)
             print_plain(console, f"comparison: {out / 'compare.html'}")
         for name, values in differences(compared).items():
             print_plain(console, f"{name}: {', '.join(map(str, values))}")
         return 0
 
-    return endings.run(command, list)
+    return exits.run(command, list)
 
 
 if __name__ == "__main__":

@@ -36,14 +36,15 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from bnjax import checkpoint, hosts, paired
+from bnjax import checkpoint, paired
 from bnjax.errors import CheckpointError, CheckpointWarning
 from bnjax.paired import States
+from bnjax.parallel import processes
 from bnjax.training import Batch
-from experiments import console as display
-from experiments import divergences, endings, metrics, probes, runs
-from experiments.plan import Plan, prepare
-from experiments.runs import ReportWarning
+from experiments.lab import console as display
+from experiments.lab import divergences, exits, metrics, probes, rundir
+from experiments.lab.plan import Plan, prepare
+from experiments.lab.rundir import ReportWarning
 
 PROG = "python -m experiments.mnist_bn"
 
@@ -58,27 +59,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def command(check: Callable[[], None]) -> int:
         nonlocal path
         with contextlib.ExitStack() as stack:
-            with endings.mistakes():
+            with exits.mistakes():
                 plan = prepare(arguments, PROG, __doc__ or "", console)
                 if plan is None:
                     return 0
-                hosts.together(partial(_occupy, plan, stack))
+                processes.together(partial(_occupy, plan, stack))
             path = plan.path
             display.print_plain(console, f"run directory: {path}")
-            if hosts.count() > 1:  # JAX may end this process without another word
+            if processes.count() > 1:  # JAX may end this process without another word
                 again = shlex.join(_how_to_go_on(path))
                 display.print_plain(console, f"should a process be lost, go on with: {again}")
             return run(plan, console, check)
 
-    return endings.run(command, lambda: _how_to_go_on(path) if path else [])
+    return exits.run(command, lambda: _how_to_go_on(path) if path else [])
 
 
 def _occupy(plan: Plan, stack: contextlib.ExitStack) -> None:
     """Makes the directory of a new run, and keeps it to this command."""
-    if hosts.is_first():
+    if processes.is_first():
         if not plan.options.execution.resume:
-            runs.create(plan.path, plan.config)
-        stack.enter_context(runs.locked(plan.path))
+            rundir.create(plan.path, plan.config)
+        stack.enter_context(rundir.locked(plan.path))
 
 
 def _how_to_go_on(path: Path) -> list[str]:
@@ -99,9 +100,9 @@ def run(plan: Plan, console: Console, check: Callable[[], None]) -> int:
     train = Batch(dataset.train_images, dataset.train_labels)
     test = Batch(dataset.test_images, dataset.test_labels)
     example = _choose_example(test, execution.feature_digit)
-    if hosts.is_first():
+    if processes.is_first():
         image, label = (np.asarray(values[0]) for values in example)
-        runs.write_arrays(plan.path / "probes" / "example.npz", {"image": image, "label": label})
+        rundir.write_arrays(plan.path / "probes" / "example.npz", {"image": image, "label": label})
     keys = paired.replicate_keys(experiment.seed, experiment.replicates)
     create = partial(
         paired.create_states,
@@ -120,20 +121,20 @@ def run(plan: Plan, console: Console, check: Callable[[], None]) -> int:
         recorded = len(lines) // (len(metrics.ARMS) * experiment.replicates)
         with display.noting(console, CheckpointWarning):
             done, states = checkpoints.restore(create(), at_most=recorded)
-        if done < recorded and runs.is_finished(plan.path, experiment.epochs):
+        if done < recorded and rundir.is_finished(plan.path, experiment.epochs):
             raise CheckpointError(
                 f"{plan.path} is finished, but has no state of its last epoch to look into any more"
             )
         marks: list[dict[str, Any]] = []
-        if hosts.is_first():
+        if processes.is_first():
             (plan.path / "probes" / "end.npz").unlink(missing_ok=True)  # of fewer epochs
             metrics.truncate(plan.path, done)
             marks = divergences.truncate(plan.path, done)
-        marks = hosts.tell_all(marks)[0]
+        marks = processes.tell_all(marks)[0]
         if execution.resume:
             display.print_plain(console, f"going on after epoch {done}")
-        if execution.resume and hosts.is_first():
-            runs.write_json(plan.path / "config.json", plan.config)
+        if execution.resume and processes.is_first():
+            rundir.write_json(plan.path / "config.json", plan.config)
         epochs = paired.run(
             plan.lanes,
             states,
@@ -148,51 +149,51 @@ def run(plan: Plan, console: Console, check: Callable[[], None]) -> int:
         count = len(train.labels)
         with display.EpochLines(console, experiment, done, execution.progress, count) as shown:
             for epoch in epochs:
-                steps, on_train, on_test = hosts.gather((epoch.steps, epoch.train, epoch.test))
+                steps, on_train, on_test = processes.gather((epoch.steps, epoch.train, epoch.test))
                 epoch = epoch._replace(steps=steps, train=on_train, test=on_test)
                 lines = metric_lines(epoch)
-                if hosts.is_first():
+                if processes.is_first():
                     metrics.append(plan.path, lines)
                 what = f"what happens inside after epoch {epoch.number} could not be recorded"
-                with endings.optional(console, what, "the report will be without it"):
+                with exits.optional(console, what, "the report will be without it"):
                     seen = probes.after_epoch(plan.lanes, epoch.states, example, train)
-                    if hosts.is_first():
+                    if processes.is_first():
                         file = plan.path / "probes" / f"epoch-{epoch.number:03}.npz"
-                        runs.write_arrays(file, seen)
+                        rundir.write_arrays(file, seen)
                 shown.add(lines)
 
                 found = divergences.find(epoch, marks)
                 what = "the first layer that was not finite could not be found"
-                with endings.optional(console, what, "epoch and step are known"):
+                with exits.optional(console, what, "epoch and step are known"):
                     before = partial(_states_before, epoch, checkpoints, create)
                     size = experiment.batch_size
                     divergences.locate(found, epoch, keys, train, test, size, before, shares)
                 for mark in found:
                     display.print_plain(console, f"NOTE: {divergences.describe(mark)}")
                 marks += found
-                if found and hosts.is_first():
+                if found and processes.is_first():
                     divergences.write(plan.path, marks)
                 checkpoints.save(epoch.number, epoch.states)
                 states = epoch.states
                 check()
 
         what = "what the networks have become could not be recorded"
-        with endings.optional(console, what, f"{shlex.join(_how_to_go_on(plan.path))} tries again"):
+        with exits.optional(console, what, f"{shlex.join(_how_to_go_on(plan.path))} tries again"):
             _look_inside(plan, states, train, test)
-    status = hosts.tell_all(_finish(plan.path, console) if hosts.is_first() else None)[0]
-    if execution.open and hosts.is_first() and (plan.path / "report.html").exists():
+    status = processes.tell_all(_finish(plan.path, console) if processes.is_first() else None)[0]
+    if execution.open and processes.is_first() and (plan.path / "report.html").exists():
         display.open_report(plan.path)
     return status
 
 
 def _look_inside(plan: Plan, states: States, train: Batch, test: Batch) -> None:
     """Saves what a replicate that stayed finite has become, if there is one."""
-    lines = metrics.read(plan.path) if hosts.is_first() else []
-    replicate = hosts.tell_all(metrics.finite_to_the_end(lines) if lines else None)[0]
+    lines = metrics.read(plan.path) if processes.is_first() else []
+    replicate = processes.tell_all(metrics.finite_to_the_end(lines) if lines else None)[0]
     if replicate is not None:
         seen = probes.at_end(plan.lanes, states, replicate, train, test)
-        if hosts.is_first():
-            runs.write_arrays(plan.path / "probes" / "end.npz", seen)
+        if processes.is_first():
+            rundir.write_arrays(plan.path / "probes" / "end.npz", seen)
 
 
 def _states_before(
@@ -230,7 +231,7 @@ def metric_lines(epoch: paired.Epoch) -> list[dict[str, Any]]:
 def _finish(path: Path, console: Console) -> int:
     summary = None
     then = f"python -m experiments.report {shlex.quote(str(path))} tries again"
-    with endings.optional(console, "the report could not be drawn", then):
+    with exits.optional(console, "the report could not be drawn", then):
         from experiments import report  # matplotlib takes a third of a second
 
         with display.noting(console, ReportWarning):
@@ -245,7 +246,7 @@ def _finish(path: Path, console: Console) -> int:
     diverged = [arm for arm in metrics.ARMS if summary["arms"][arm]["train_cost"]["n"] == 0]
     for arm in diverged:
         display.print_plain(Console(stderr=True), f"error: every replicate of {arm} has diverged")
-    return endings.DIVERGED if diverged else 0
+    return exits.DIVERGED if diverged else 0
 
 
 def _choose_example(test: Batch, digit: int) -> Batch:
@@ -258,4 +259,4 @@ def _divide(sums: jax.Array, counts: jax.Array) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    endings.leave(main())
+    exits.leave(main())

@@ -31,12 +31,12 @@ from rich.progress import BarColumn, Progress, Task, TextColumn
 from bnjax import data
 from bnjax.data import Dataset
 from bnjax.names import choose
-from experiments import devices, endings, runs, verdicts
-from experiments.claims import Claim, Settings, load_claims
-from experiments.console import print_plain
-from experiments.options import flags
-from experiments.plan import describe, load_data
-from experiments.presets import MAX_SEED, PRESETS, Experiment
+from experiments.claims import Claim, Settings, load_claims, verdicts
+from experiments.lab import devices, exits, rundir
+from experiments.lab.console import print_plain
+from experiments.lab.options import flags
+from experiments.lab.plan import describe, load_data
+from experiments.lab.presets import MAX_SEED, PRESETS, Experiment
 
 FEWEST = 512
 MAX_REPLICATES = 10_000
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def command(check: Callable[[], None]) -> int:
         nonlocal path
         with contextlib.ExitStack() as stack:
-            with endings.mistakes():
+            with exits.mistakes():
                 claims = load_claims()
                 if not options.claims:
                     console.print(verdicts.listing(claims.values()))
@@ -103,19 +103,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     devices.cache_programs(cache / "programs")
                 devices.open_cpus()
                 jax.config.update("jax_default_matmul_precision", Experiment.matmul_precision)
-                path = runs.expand(options.out or runs.default_path("reproduce", dataset.name))
+                path = rundir.expand(options.out or rundir.default_path("reproduce", dataset.name))
                 settings = {
                     name: getattr(options, name) for name in ("quick", "replicates", "seed")
                 }
                 described = describe(settings, dataset, options.dataset, options.data_dir)
-                stack.enter_context(runs.occupied(path, *described))
+                stack.enter_context(rundir.occupied(path, *described))
             print_plain(console, f"directory: {path}")
             run([claims[name] for name in names], options, dataset, path, console, check)
             if (path / "report.html").exists():
                 print_plain(console, f"report: {path / 'report.html'}")
         return 0
 
-    return endings.run(command, lambda: _words(options, path) if path else [])
+    return exits.run(command, lambda: _words(options, path) if path else [])
 
 
 def check_data(dataset: Dataset) -> None:
@@ -190,7 +190,7 @@ def run(
                 done = _time_left(bar.tasks[task], begin)
             print_plain(console, verdicts.format_line(claim, path) + done)
             then = "the same command with --out tries again"
-            with endings.optional(console, "the report could not be drawn", then):
+            with exits.optional(console, "the report could not be drawn", then):
                 verdicts.write_page(path, shlex.join(_words(options, None)))
 
 
@@ -214,17 +214,17 @@ def _each(
         file = directory / f"{part.replace(' ', '-')}.json"
         if not file.exists():
             start = time.perf_counter()
-            result = runs.null_for_nan(compute(part))
+            result = rundir.null_for_nan(compute(part))
             seconds = time.perf_counter() - start
-            runs.write_json(file, dict(zip(PART, (seconds, result), strict=True)))
-        results[part] = runs.nan_for_null(runs.read_object(file, PART)["result"])
+            rundir.write_json(file, dict(zip(PART, (seconds, result), strict=True)))
+        results[part] = rundir.nan_for_null(rundir.read_object(file, PART)["result"])
         advance(1 / len(parts))
     return results
 
 
 def _seconds_before(directory: Path) -> float:
     """What the parts took that an earlier start has done."""
-    return sum(runs.read_object(file, PART)["seconds"] for file in directory.glob("*.json"))
+    return sum(rundir.read_object(file, PART)["seconds"] for file in directory.glob("*.json"))
 
 
 def _words(options: Options, path: Path | None) -> list[str]:
@@ -239,4 +239,4 @@ def _words(options: Options, path: Path | None) -> list[str]:
 
 
 if __name__ == "__main__":
-    endings.leave(main())
+    exits.leave(main())

@@ -31,11 +31,12 @@ from bnjax.names import choose
 from bnjax.paired import Arm, States
 from bnjax.statistics import paired_difference, summarize
 from bnjax.training import Batch
-from experiments import devices, endings, grids, metrics, mnist_bn, runs
-from experiments.console import SHOWN, TITLES, format_summary, print_plain
-from experiments.options import flags
-from experiments.plan import check_memory, describe, load_data, make_arms
-from experiments.presets import PRESETS, Experiment
+from experiments import mnist_bn
+from experiments.lab import devices, exits, grids, metrics, rundir
+from experiments.lab.console import SHOWN, TITLES, format_summary, print_plain
+from experiments.lab.options import flags
+from experiments.lab.plan import check_memory, describe, load_data, make_arms
+from experiments.lab.presets import PRESETS, Experiment
 
 PROG = "python -m experiments.sweep"
 ADAM = optax.inject_hyperparams(optax.adam)(learning_rate=1.0)
@@ -194,13 +195,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     console = Console()
     settings = tyro.cli(Settings, args=arguments, prog=PROG, description=__doc__)
-    path = runs.expand(settings.out)
+    path = rundir.expand(settings.out)
     started = False
 
     def command(check: Callable[[], None]) -> int:
         nonlocal settings, started
         with contextlib.ExitStack() as stack:
-            with endings.mistakes():
+            with exits.mistakes():
                 dataset = load_data(settings.dataset, settings.data_dir, console)
                 requested = settings.dataset
                 settings = dataclasses.replace(settings, dataset=dataset.name)
@@ -211,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     devices.cache_programs(cache / "programs")
                 jax.config.update("jax_default_matmul_precision", Experiment.matmul_precision)
                 described = describe(settings.resolved(), dataset, requested, settings.data_dir)
-                stack.enter_context(runs.occupied(path, *described))
+                stack.enter_context(rundir.occupied(path, *described))
                 started = True
             cells: list[Cell] = []
             for group in settings.groups():
@@ -219,14 +220,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 check()
             rows = [(cell, weigh(cell)) for cell in cells]
             content = [{**cell._asdict(), "benefit": worth.difference} for cell, worth in rows]
-            runs.write_json(path / "sweep.json", {"cells": runs.null_for_nan(content)})
+            rundir.write_json(path / "sweep.json", {"cells": rundir.null_for_nan(content)})
             then = "the same command tries again"
-            with endings.optional(console, "the report could not be drawn", then):
+            with exits.optional(console, "the report could not be drawn", then):
                 _draw(path, settings, rows)
                 print_plain(console, f"report: {path / 'sweep.html'}")
         return 0
 
-    return endings.run(command, lambda: _words(settings) if started else [])
+    return exits.run(command, lambda: _words(settings) if started else [])
 
 
 def check_group(group: Sequence[Experiment], dataset: Dataset) -> None:
@@ -248,8 +249,8 @@ def _train_once(
     file = path / "cells" / f"{group[0].activation}-{group[0].batch_size}.json"
     if not file.exists():
         file.parent.mkdir(exist_ok=True)
-        trained = [runs.null_for_nan(cell._asdict()) for cell in train(group, dataset)]
-        runs.write_json(file, {"cells": trained})
+        trained = [rundir.null_for_nan(cell._asdict()) for cell in train(group, dataset)]
+        rundir.write_json(file, {"cells": trained})
     cells = _read(file, group)
     for cell in cells:
         print_plain(
@@ -262,8 +263,8 @@ def _train_once(
 
 def _read(file: Path, group: Sequence[Experiment]) -> list[Cell]:
     try:
-        found = runs.read_object(file, ["cells"])["cells"]
-        cells = [Cell(**runs.nan_for_null(one)) for one in found]
+        found = rundir.read_object(file, ["cells"])["cells"]
+        cells = [Cell(**rundir.nan_for_null(one)) for one in found]
     except TypeError:
         cells = []
     settings = ("activation", "batch_size", "learning_rate")
@@ -281,19 +282,19 @@ def _draw(path: Path, settings: Settings, rows: Sequence[tuple[Cell, Worth]]) ->
 
     pairs = [row for row in rows if row[1].difference["n"]]
     picture = to_svg(heat.maps(rows))
-    runs.write_bytes(path / "sweep.svg", picture)
+    rundir.write_bytes(path / "sweep.svg", picture)
     page = render(
         "sweep.html.j2",
         arms=metrics.ARMS,
         command=shlex.join(_words(settings)),
-        config=runs.read_config(path),
+        config=rundir.read_config(path),
         format=format_summary,
         map=svg_uri(picture),
         pairs=sorted(pairs, key=lambda row: row[1].difference["mean"]),
         rows=rows,
         titles=TITLES,
     )
-    runs.write_bytes(path / "sweep.html", page.encode(errors="replace"))
+    rundir.write_bytes(path / "sweep.html", page.encode(errors="replace"))
 
 
 def _words(settings: Settings) -> list[str]:
@@ -305,4 +306,4 @@ def _words(settings: Settings) -> list[str]:
 
 
 if __name__ == "__main__":
-    endings.leave(main())
+    exits.leave(main())

@@ -29,9 +29,9 @@ from rich.console import Console
 from bnjax import models, population, training
 from bnjax.data import Dataset
 from bnjax.training import AnyArray, Batch, TrainState
-from experiments import endings, runs
-from experiments.console import print_plain
-from experiments.plan import load_data
+from experiments.lab import exits, rundir
+from experiments.lab.console import print_plain
+from experiments.lab.plan import load_data
 
 PROG = "python -m experiments.train_eval_mode"
 CALLS = 20
@@ -71,25 +71,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
 
     def command(check: Callable[[], None]) -> int:
-        with endings.mistakes():
-            out = settings.out and runs.expand(settings.out)
+        with exits.mistakes():
+            out = settings.out and rundir.expand(settings.out)
             if out is not None:
-                runs.check_free(out)
+                rundir.check_free(out)
             dataset = load_data(settings.dataset, settings.data_dir, console)
-            path = out or runs.default_path("train_eval_mode", dataset.name)
+            path = out or rundir.default_path("train_eval_mode", dataset.name)
             path.mkdir(parents=True, exist_ok=True)
             numbers = lesson(dataset, settings.epochs, settings.seed)
         check()
         for line in tell(numbers):
             print_plain(console, line)
-        runs.write_json(path / "numbers.json", numbers)
+        rundir.write_json(path / "numbers.json", numbers)
         then = "the numbers are in numbers.json"
-        with endings.optional(console, "the picture could not be drawn", then):
+        with exits.optional(console, "the picture could not be drawn", then):
             draw(path / "train_eval_mode.png", numbers)
         print_plain(console, f"\npicture and numbers: {path}")
         return 0
 
-    return endings.run(command, list)
+    return exits.run(command, list)
 
 
 def lesson(dataset: Dataset, epochs: int, seed: int) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def draw(file: Path, numbers: dict[str, Any]) -> None:
     """Draws the lesson."""
     from experiments.report import figures  # matplotlib takes a third of a second
 
-    runs.write_bytes(file, figures.to_png(figures.train_eval_mode(numbers)))
+    rundir.write_bytes(file, figures.to_png(figures.train_eval_mode(numbers)))
 
 
 def _train(model: models.MLP, train: Batch, epochs: int, key: Array) -> TrainState:
@@ -272,4 +272,4 @@ def _population(state: TrainState, train: Batch, test: Batch) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    endings.leave(main())
+    exits.leave(main())

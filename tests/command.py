@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments import metrics, mnist_bn
+from experiments import mnist_bn
+from experiments.lab import metrics
 
 COSTS = ("train_cost", "train_loss", "test_loss")
 

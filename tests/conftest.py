@@ -6,7 +6,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments import devices
+from experiments.lab import devices
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

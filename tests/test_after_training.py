@@ -14,8 +14,9 @@ from command import Result, call, lines_of
 from bnjax import checkpoint, models, population
 from bnjax.paired import Arm
 from bnjax.training import Batch
-from experiments import compare, divergences, probes, runs, sweep, verdicts
-from experiments.claims import Evidence, load_claims
+from experiments import compare, sweep
+from experiments.claims import Evidence, load_claims, verdicts
+from experiments.lab import divergences, probes, rundir
 from experiments.report import __main__ as report_command
 from experiments.report import heat
 
@@ -69,7 +70,7 @@ PICTURE = "NOTE: the report lacks {what} ({place} is broken): {again}"
     ("place", "told"),
     [
         (
-            "experiments.probes.after_epoch",
+            "experiments.lab.probes.after_epoch",
             [
                 "NOTE: what happens inside after epoch 1 could not be recorded ({place} is "
                 "broken): the report will be without it",
@@ -80,7 +81,7 @@ PICTURE = "NOTE: the report lacks {what} ({place} is broken): {again}"
             ],
         ),
         (
-            "experiments.probes.at_end",
+            "experiments.lab.probes.at_end",
             [
                 "NOTE: what the networks have become could not be recorded ({place} is broken): "
                 "{resume} tries again",
@@ -132,7 +133,7 @@ def test_what_fails_costs_a_sentence(whole, tmp_path, break_, monkeypatch, place
 
     assert report_command.main([str(path)]) == 0
     page = (path / "report.html").read_text()
-    assert ("What is missing here" in page) == place.startswith(("experiments.probes", "bnjax"))
+    assert ("What is missing here" in page) == place.startswith(("experiments.lab.probes", "bnjax"))
     assert "Curves" in page
     assert_numbers_are_complete(path, whole)
 
@@ -141,8 +142,8 @@ def test_what_fails_costs_a_sentence(whole, tmp_path, break_, monkeypatch, place
 @pytest.mark.parametrize(
     "place",
     [
-        "experiments.probes.after_epoch",
-        "experiments.probes.at_end",
+        "experiments.lab.probes.after_epoch",
+        "experiments.lab.probes.at_end",
         "experiments.report.words.activations",
         "experiments.report.figures.to_svg",
         "experiments.report.run.render",
@@ -165,7 +166,7 @@ def test_what_the_networks_have_become_is_recorded_by_going_on(
     whole, tmp_path, break_, monkeypatch
 ):
     path = tmp_path / "run"
-    break_("experiments.probes.at_end")
+    break_("experiments.lab.probes.at_end")
     assert call(*RUN, "--out", path).status == 0
     monkeypatch.undo()
     assert call("--resume", path).status == 0
@@ -248,7 +249,7 @@ def test_evidence_is_kept_where_its_picture_fails(tmp_path, monkeypatch, capsys)
     evidence.picture["curves"]["no_bn"] = evidence.picture["curves"]["bn"]
     monkeypatch.setattr(verdicts.figures, "to_png", lambda figure: 1 / 0)
     verdicts.save(tmp_path, claim, evidence, 1.0)
-    runs.write_json(tmp_path / "config.json", json.loads(CONFIG))
+    rundir.write_json(tmp_path / "config.json", json.loads(CONFIG))
     verdicts.write_page(tmp_path, "again")
     told = (
         f"NOTE: the picture of {claim.id} could not be drawn (division by zero): the same command"
@@ -267,7 +268,7 @@ CONFIG = json.dumps(
         "experiment": {"quick": True, "replicates": None, "seed": 0},
         "execution": {"data_dir": None},
         "dataset": {"name": "digits", "requested": "digits", "sha256": "0" * 64},
-        **runs.provenance(),
+        **rundir.provenance(),
         "device_kind": "abacus",
         "device_count": 1,
         "process_count": 1,

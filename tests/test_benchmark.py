@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import benchmark, loops, operation, turns
-from experiments.loops import Job
+from experiments.benchmark import __main__ as benchmark
+from experiments.benchmark import loops, operation, turns
+from experiments.benchmark.loops import Job
 
 
 @pytest.fixture

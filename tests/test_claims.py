@@ -19,7 +19,6 @@ from scipy import stats
 from bnjax import data, functional, models, training
 from bnjax.functional import BatchStats
 from bnjax.training import Batch
-from experiments import devices
 from experiments.claims import (
     Check,
     Claim,
@@ -40,6 +39,7 @@ from experiments.claims import (
     printed_figures,
     scale_invariance,
 )
+from experiments.lab import devices
 from experiments.report import figures
 
 PASS, FAIL, INCONCLUSIVE = Verdict

@@ -7,11 +7,12 @@ import os
 
 import numpy as np
 import pytest
-from made_up import make_lines, save_run
+from factories import make_lines, save_run
 
 from bnjax.statistics import paired_difference
-from experiments import compare, metrics, runs
-from experiments.presets import Boostcourse, Lab10
+from experiments import compare
+from experiments.lab import metrics, rundir
+from experiments.lab.presets import Boostcourse, Lab10
 
 
 def save(path, experiment, replicates=3, seed=0):
@@ -99,7 +100,7 @@ def test_mistakes(two, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     empty = tmp_path / "empty"
-    runs.create(empty, json.loads((two[0] / "config.json").read_text()))
+    rundir.create(empty, json.loads((two[0] / "config.json").read_text()))
     for words, told in (
         ([str(two[0])], "expected two runs or more"),
         ([str(two[0]), f"{two[0]}/../first"], "each of them once"),

@@ -16,14 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from made_up import idx
+from factories import idx
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from bnjax import download
-from bnjax.data import FILES, SOURCES, Dataset, fingerprint, load
+from bnjax.data import FILES, SOURCES, Dataset, download, fingerprint, load
+from bnjax.data.idx import read_images, read_labels
 from bnjax.errors import DataError, DataWarning, DownloadError
-from bnjax.idx import read_images, read_labels
 
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = FILES
 HUGE = 2**32 - 1

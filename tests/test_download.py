@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_up import idx
+from factories import idx
 
-from bnjax import download
-from bnjax.data import FILES, SOURCES, Dataset, DataWarning, cache_directory, load
+from bnjax.data import FILES, SOURCES, Dataset, DataWarning, cache_directory, download, load
 from bnjax.errors import DownloadError
-from experiments import devices, mnist_bn, reproduce, sweep
+from experiments import mnist_bn, reproduce, sweep
+from experiments.lab import devices
 
 ZIPPED = [f"{file}.gz" for file in FILES]
 NOBODY = 65534

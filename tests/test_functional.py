@@ -10,8 +10,8 @@ from jax.sharding import PartitionSpec
 from jax.test_util import check_grads
 from reference import batch_norm, relative_error
 
-from bnjax.distributed import make_mesh
 from bnjax.functional import BatchStats, batch_norm_eval, batch_norm_train, fold
+from bnjax.parallel.mesh import make_mesh
 
 
 def fresh_stats(features, dtype=jnp.float32):

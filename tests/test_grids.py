@@ -10,10 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from bnjax import distributed, initializers, models, paired
+from bnjax import initializers, models, paired
 from bnjax.paired import Arm, Epoch, Lane
+from bnjax.parallel.mesh import make_mesh
 from bnjax.training import Batch, Metrics
-from experiments.grids import Cell, accuracy, by_cell, epochs_of, networks, train_grid
+from experiments.lab.grids import Cell, accuracy, by_cell, epochs_of, networks, train_grid
 
 REPLICATES, BATCH, WIDTH = 2, 8, 40
 
@@ -100,7 +101,7 @@ def test_a_cell_is_plain_sgd_from_scaled_normal_kernels(trained):
         Arm(name, models.MLP((WIDTH,), 10, use, kernel_init=normal), optax.sgd(rate))
         for name, use in (("bn", True), ("no_bn", False))
     ]
-    lanes = [Lane((arm,), distributed.make_mesh()) for arm in arms]
+    lanes = [Lane((arm,), make_mesh()) for arm in arms]
     states = paired.create_states(lanes, keys(), TRAIN.images[:2])
     states = {name: scaled(state, CELLS[1].std) for name, state in states.items()}
     plain = paired.run(lanes, states, keys(), TRAIN, TEST, epochs=range(1, 3), batch_size=BATCH)

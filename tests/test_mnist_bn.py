@@ -25,14 +25,16 @@ import optax
 import pytest
 from command import Result, call, lines_of
 
-from bnjax import data, download, paired
+from bnjax import data, paired
+from bnjax.data import download
 from bnjax.errors import DownloadError
 from bnjax.paired import Arm, Lane
 from bnjax.statistics import summarize
 from bnjax.training import Batch
-from experiments import devices, divergences, metrics, report, runs
-from experiments.options import Execution
-from experiments.presets import Deep10, Experiment
+from experiments import report
+from experiments.lab import devices, divergences, metrics, rundir
+from experiments.lab.options import Execution
+from experiments.lab.presets import Deep10, Experiment
 
 pytestmark = pytest.mark.usefixtures("cache_home")
 
@@ -149,7 +151,7 @@ class TestRunDirectory:
         assert list(finished.path.parent.iterdir()) == [finished.path]
 
     def test_config_holds_the_resolved_settings(self, finished):
-        config = runs.read_config(finished.path)
+        config = rundir.read_config(finished.path)
         assert Experiment.load(config["experiment"]) == Deep10(
             dataset="digits", epochs=2, hidden_sizes=(5,), batch_size=100, drop_last=True
         )
@@ -157,7 +159,7 @@ class TestRunDirectory:
         assert config["execution"]["out"] == str(finished.path)
 
     def test_config_holds_the_provenance(self, finished):
-        config = runs.read_config(finished.path)
+        config = rundir.read_config(finished.path)
         assert {"bnjax", "jax", "flax", "optax", "python"} <= set(config["versions"])
         assert config["versions"]["jax"] == jax.__version__
         assert config["device_kind"] == jax.devices()[0].device_kind
@@ -272,7 +274,7 @@ class TestReport:
         assert all(told in text for told in (*Deep10.published, *Deep10.errata, Deep10.source))
 
     def test_holds_the_configuration_and_the_command(self, page, finished):
-        config = runs.read_config(finished.path)
+        config = rundir.read_config(finished.path)
         text = plain(page.text)
         assert config["dataset"]["sha256"] in text
         assert config["versions"]["jax"] in text
@@ -321,7 +323,7 @@ class TestReproducibility:
         running = process(*arguments, XLA_FLAGS="--xla_force_host_platform_device_count=4")
         stdout, stderr = running.communicate(timeout=120)
         assert (running.returncode, stderr) == (0, "")
-        config = runs.read_config(out)
+        config = rundir.read_config(out)
         assert config["device_count"] == 4
         assert config["mesh"] == {"replicate": 2, "data": 1}
         assert lines_of(out) == lines_of(three.path)
@@ -395,7 +397,7 @@ class TestData:
         (path,) = (tmp_path / "runs").iterdir()
         assert re.fullmatch(r"deep10-digits-\d{8}-\d{6}", path.name)
         assert "MNIST could not be had" in References((path / "report.html").read_text()).text
-        config = runs.read_config(path)
+        config = rundir.read_config(path)
         assert config["dataset"]["name"] == config["experiment"]["dataset"] == "digits"
         assert lines_of(path) == lines_of(halfway.path)
 
@@ -408,7 +410,7 @@ class TestData:
 
     def test_own_files(self, own):
         assert own.result.status == 0
-        config = runs.read_config(own.path)
+        config = rundir.read_config(own.path)
         loaded = data.load("mnist", own.path.parent / "images")
         assert config["dataset"]["name"] == "mnist"
         assert config["dataset"]["sha256"] == data.fingerprint(loaded)
@@ -628,9 +630,9 @@ class TestResume:
 
     def test_keeps_where_the_first_epochs_came_from(self, halfway, tmp_path):
         path = shutil.copytree(halfway.path, tmp_path / "run")
-        before = runs.read_config(path)
+        before = rundir.read_config(path)
         result = call("--resume", path, "--epochs", 2)
-        after = runs.read_config(path)
+        after = rundir.read_config(path)
         assert "going on after epoch 1" in result.out
         assert len(after["resumed"]) == 1
         assert after["resumed"][0]["versions"] == before["versions"]
@@ -721,7 +723,7 @@ class TestDivergence:
         marks = [
             {"arm": "bn", "replicate": 0, "epoch": e, "step": 1, "layer": None} for e in (1, 2)
         ]
-        runs.write_json(path / "divergences.json", marks)
+        rundir.write_json(path / "divergences.json", marks)
         assert call("--resume", path, "--epochs", 2).status == 0
         assert divergences.read(path) == marks[:1]
 

@@ -5,9 +5,11 @@ import numpy as np
 import optax
 import pytest
 
-from bnjax import diagnostics, distributed, models, paired, training
+from bnjax import diagnostics, models, paired, training
 from bnjax.checkpoint import Checkpoints
 from bnjax.paired import Arm, Lane
+from bnjax.parallel import mesh as placement
+from bnjax.parallel.mesh import make_mesh, parse_mesh
 from bnjax.training import Batch
 
 
@@ -26,7 +28,7 @@ BN, NO_BN = arm("bn", True), arm("no_bn", False)
 
 
 def separate_lanes():
-    return [Lane((BN,), distributed.make_mesh()), Lane((NO_BN,), distributed.make_mesh())]
+    return [Lane((BN,), make_mesh()), Lane((NO_BN,), make_mesh())]
 
 
 def run(lanes, replicates=2, seed=0, epochs=range(1, 3), states=None):
@@ -81,7 +83,7 @@ def test_a_replicate_is_its_arm_trained_alone():
 def test_arms_meet_the_same_batches_in_one_program_or_in_two():
     twin = Arm("twin", NO_BN.module, NO_BN.optimizer)
     keys = paired.replicate_keys(0, 1)
-    mesh = distributed.make_mesh()
+    mesh = make_mesh()
     together = [Lane((NO_BN, twin), mesh)]
     apart = [Lane((NO_BN,), mesh), Lane((twin,), mesh)]
     for lanes in (together, apart):
@@ -126,7 +128,7 @@ def test_checkpoints_give_back_the_state_bit_by_bit(tmp_path):
 
 def test_a_checkpoint_of_other_networks_is_refused(tmp_path):
     keys = paired.replicate_keys(0, 1)
-    mesh = distributed.make_mesh()
+    mesh = make_mesh()
 
     def states(first, second):
         other = Arm("bn", models.MLP((first, second), 10), ADAM)
@@ -166,12 +168,12 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
 )
 def test_malformed_meshes_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
-        distributed.parse_mesh(text)
+        parse_mesh(text)
 
 
 def test_a_mesh_larger_than_the_machine_is_refused():
     with pytest.raises(ValueError, match=r"needs 999 devices, found \d"):
-        distributed.make_mesh(999)
+        make_mesh(999)
 
 
 def test_the_feature_probe_shows_what_leaves_each_layer():
@@ -197,7 +199,7 @@ def test_shared_init_gives_both_arms_the_same_dense_layers():
 
 def test_replicates_at_once_are_those_one_after_the_other(monkeypatch):
     one_by_one = run(separate_lanes(), 3)
-    monkeypatch.setattr(distributed, "runs_at_once", lambda mesh: True)
+    monkeypatch.setattr(placement, "runs_at_once", lambda mesh: True)
     jax.clear_caches()
     at_once = run(separate_lanes(), 3)
     jax.clear_caches()
@@ -222,7 +224,7 @@ def test_replicates_at_once_are_exact_in_float64(monkeypatch):
     data = Batch(examples().images / 255, examples().labels)
     results = []
     for at_once in (False, True):
-        monkeypatch.setattr(distributed, "runs_at_once", lambda mesh, at_once=at_once: at_once)
+        monkeypatch.setattr(placement, "runs_at_once", lambda mesh, at_once=at_once: at_once)
         jax.clear_caches()
         states = paired.create_states(lanes, keys, data.images)
         states = jax.tree.map(

@@ -10,10 +10,10 @@ import pytest
 
 from bnjax import initializers
 from bnjax.data import Dataset
-from experiments import options
-from experiments.options import Execution
-from experiments.plan import make_arms
-from experiments.presets import PRESETS, Boostcourse, Deep10, Experiment, Lab10
+from experiments.lab import options
+from experiments.lab.options import Execution
+from experiments.lab.plan import make_arms
+from experiments.lab.presets import PRESETS, Boostcourse, Deep10, Experiment, Lab10
 
 EVERYWHERE = {
     "dataset": "auto",

@@ -5,10 +5,11 @@ import numpy as np
 import optax
 import pytest
 
-from bnjax import diagnostics, distributed, models, paired, population, training
+from bnjax import diagnostics, models, paired, population, training
 from bnjax.paired import Arm, Lane
+from bnjax.parallel.mesh import make_mesh
 from bnjax.training import Batch
-from experiments import metrics, probes
+from experiments.lab import metrics, probes
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def trained():
     arms = tuple(
         Arm(name, models.MLP((6, 5), 10, name == "bn"), optax.adam(1e-2)) for name in metrics.ARMS
     )
-    lanes = [Lane((arm,), distributed.make_mesh()) for arm in arms]
+    lanes = [Lane((arm,), make_mesh()) for arm in arms]
     keys = paired.replicate_keys(0, 2)
     states = paired.create_states(lanes, keys, images[:2])
     (epoch,) = paired.run(lanes, states, keys, data, data, epochs=range(1, 2), batch_size=50)

@@ -305,7 +305,7 @@ class TestNumPy:
                 train(*given),
                 functional.batch_norm_eval(*given),
                 functional.fold(*given[:3], ones, given[3]),
-                bnjax.relatives.virtual_batches(train, 3)(*given[:4]),
+                bnjax.variants.virtual_batches(train, 3)(*given[:4]),
                 training.cross_entropy(to(x), to(np.array([0, 1, 2, 0, 1, 2]))),
             )
             if to is np.asarray:

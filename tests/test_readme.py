@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from made_up import write_idx
+from factories import write_idx
 
 from bnjax import data
 
@@ -15,8 +15,8 @@ README = Path(__file__).parents[1] / "README.md"
 TEXT = README.read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL)
-# What installs is run by .ci/run in a fresh environment, the SLURM script by test_hosts.py, each of
-# all claims by test_claims.py.
+# What installs is run by .ci/run in a fresh environment, the SLURM script by test_processes.py,
+# each of all claims by test_claims.py.
 ELSEWHERE = ("pip install", "#SBATCH", "reproduce all")
 COMMANDS = [block for block in BLOCKS if not any(part in block for part in ELSEWHERE)]
 MODULES = sorted(set(re.findall(r"python -m (experiments\.\w+)", TEXT)))

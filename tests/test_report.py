@@ -4,10 +4,11 @@ import re
 
 import numpy as np
 import pytest
-from made_up import line, make_end, make_probes, save_run
+from factories import line, make_end, make_probes, save_run
 
-from experiments import metrics, report, runs
-from experiments.presets import Boostcourse, Deep10, Lab10
+from experiments import report
+from experiments.lab import metrics, rundir
+from experiments.lab.presets import Boostcourse, Deep10, Lab10
 from experiments.report import __main__ as command
 from experiments.report import layers, predictions, words
 
@@ -292,7 +293,7 @@ class TestCommand:
     def test_of_probes_that_lack_something(self, tmp_path, capsys):
         path = tmp_path / "run"
         save_run(path, Lab10(epochs=1))
-        runs.write_arrays(path / "probes" / "end.npz", {"labels": np.zeros(3, np.uint8)})
+        rundir.write_arrays(path / "probes" / "end.npz", {"labels": np.zeros(3, np.uint8)})
         assert command.main([str(path)]) == 2
         assert "another version saved them, or they are damaged" in capsys.readouterr().err
 

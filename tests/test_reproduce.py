@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from bnjax import data
-from experiments import devices, reproduce, runs, verdicts
-from experiments.claims import Check, Claim, Evidence, load_claims
+from experiments import reproduce
+from experiments.claims import Check, Claim, Evidence, load_claims, verdicts
+from experiments.lab import devices, rundir
 from experiments.report import figures
 
 CLAIMS = load_claims()
@@ -362,7 +363,7 @@ def test_directory_has_a_name_of_its_own(capsys, tmp_path, monkeypatch, offer):
     (path,) = (tmp_path / "runs").iterdir()
     assert re.fullmatch(r"reproduce-digits-\d{8}-\d{6}", path.name)
     assert f"directory: runs/{path.name}\n" in capsys.readouterr().out
-    assert runs.read_config(path)["dataset"]["requested"] == "digits"
+    assert rundir.read_config(path)["dataset"]["requested"] == "digits"
 
 
 def test_text_is_escaped(tmp_path, offer):

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import benchmark, scaling
-from experiments.scaling import Layout, Traffic
+from experiments.benchmark import __main__ as benchmark
+from experiments.benchmark import scaling
+from experiments.benchmark.scaling import Layout, Traffic
 
 
 @pytest.mark.parametrize(

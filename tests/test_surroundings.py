@@ -10,11 +10,13 @@ from pathlib import Path
 
 import matplotlib
 import pytest
-from made_up import save_run
+from factories import save_run
 
-from experiments import benchmark, compare, metrics, report, runs, sweep, train_eval_mode, verdicts
-from experiments.claims import Evidence, load_claims
-from experiments.presets import Boostcourse
+from experiments import compare, report, sweep, train_eval_mode
+from experiments.benchmark import __main__ as benchmark
+from experiments.claims import Evidence, load_claims, verdicts
+from experiments.lab import metrics, rundir
+from experiments.lab.presets import Boostcourse
 from experiments.report import figures, heat
 
 ROOT = Path(__file__).parents[1]
@@ -166,8 +168,8 @@ fcntl.flock = flock
 }
 KEEP = """
 import pathlib, sys
-from experiments import runs
-with runs.locked(pathlib.Path(sys.argv[1])):
+from experiments.lab import rundir
+with rundir.locked(pathlib.Path(sys.argv[1])):
     print("locked", flush=True)
     sys.stdin.read()
 """
@@ -189,7 +191,7 @@ def test_a_run_goes_on_without_fcntl(tmp_path):
     for arguments in (["--dataset", "digits", "--epochs", 1, "--out"], ["--epochs", 2, "--resume"]):
         running = start(SYSTEMS["without fcntl"] + RUN, *arguments, path)
         assert (running.communicate()[1], running.returncode) == ("", 0)
-    assert runs.is_finished(path, 2)
+    assert rundir.is_finished(path, 2)
     assert not (path / ".lock").exists()
 
 
@@ -210,21 +212,21 @@ class TestLock:
 
     def test_is_no_more_after_an_error(self, tmp_path):
         for _ in range(2):
-            with pytest.raises(ZeroDivisionError), runs.locked(tmp_path):
+            with pytest.raises(ZeroDivisionError), rundir.locked(tmp_path):
                 raise ZeroDivisionError
         assert list(tmp_path.iterdir()) == []
 
     def test_of_a_directory_that_is_gone(self, tmp_path):
         with ExitStack() as stack, pytest.raises(FileNotFoundError) as caught:
-            stack.enter_context(runs.locked(tmp_path / "gone"))
+            stack.enter_context(rundir.locked(tmp_path / "gone"))
         assert caught.value.filename == str(tmp_path / "gone")
-        with runs.locked(tmp_path):
+        with rundir.locked(tmp_path):
             shutil.rmtree(tmp_path)
 
     def test_that_cannot_be_made_is_named(self, tmp_path):
         (tmp_path / ".lock").mkdir()
         with ExitStack() as stack, pytest.raises(OSError, match=r"\.lock"):
-            stack.enter_context(runs.locked(tmp_path))
+            stack.enter_context(rundir.locked(tmp_path))
 
 
 def test_a_system_that_does_not_tell_the_peak_memory(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import sweep
-from experiments.presets import Boostcourse
+from experiments.lab.presets import Boostcourse
 from experiments.report import heat
 from experiments.sweep import Cell, Settings
 

@@ -227,5 +227,7 @@ def load_claims() -> Mapping[str, Claim]:
     claims: list[Claim] = []
     for info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{info.name}")
-        claims += getattr(module, "CLAIMS", ()) or [module.CLAIM]
+        claims += getattr(module, "CLAIMS", ()) or (
+            [module.CLAIM] if hasattr(module, "CLAIM") else []
+        )
     return {claim.id: claim for claim in sorted(claims, key=lambda claim: claim.id)}

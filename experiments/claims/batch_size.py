@@ -10,7 +10,7 @@ from bnjax import models, paired
 from bnjax.layers import BatchNorm
 from bnjax.paired import Arm
 from experiments.claims import Check, Claim, Evidence, Settings, measured
-from experiments.grids import accuracy, take, train
+from experiments.lab.grids import accuracy, take, train
 from experiments.report import figures
 
 SIZES = (2, 4, 8, 16, 32)

@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 
 from bnjax import paired
 from experiments.claims import Check, Claim, Evidence, Settings, measured
-from experiments.grids import Cell, accuracy, by_cell, epochs_of, he_std, take, train_grid
+from experiments.lab.grids import Cell, accuracy, by_cell, epochs_of, he_std, take, train_grid
 from experiments.report import figures
 
 DEPTHS = (5, 10, 20, 40)

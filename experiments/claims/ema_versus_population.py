@@ -13,9 +13,9 @@ from bnjax import paired, population, training
 from bnjax.functional import BatchStats, batch_norm_train
 from bnjax.training import Batch, TrainState
 from experiments.claims import Check, Claim, Evidence, Settings, measured
-from experiments.grids import train, unstack
-from experiments.plan import make_arms
-from experiments.presets import Boostcourse
+from experiments.lab.grids import train, unstack
+from experiments.lab.plan import make_arms
+from experiments.lab.presets import Boostcourse
 from experiments.report import figures
 
 MOMENTUM, BATCH, BATCHES, STREAMS = 0.9, 16, 150, 500

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from bnjax import diagnostics, initializers, models, paired
 from experiments.claims import Check, Claim, Evidence, Settings, around, measured
-from experiments.grids import take
+from experiments.lab.grids import take
 from experiments.report import figures
 
 DEPTH, WIDTH = 30, 1000

@@ -4,7 +4,7 @@ from matplotlib.figure import Figure
 
 from bnjax import models, paired
 from experiments.claims import Check, Claim, Evidence, Settings, around, measured
-from experiments.grids import ACTIVATION_NAMES, Cell, accuracy, epochs_of, train_grid
+from experiments.lab.grids import ACTIVATION_NAMES, Cell, accuracy, epochs_of, train_grid
 from experiments.report import figures
 
 STEPS, BATCH, STD = 50_000, 60, 0.05

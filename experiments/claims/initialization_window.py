@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 
 from bnjax import paired
 from experiments.claims import Check, Claim, Evidence, Settings, measured
-from experiments.grids import Cell, by_cell, take, train_grid
+from experiments.lab.grids import Cell, by_cell, take, train_grid
 from experiments.report import figures
 
 SCALES = np.logspace(0, -4, 16)

@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from bnjax import paired, training
 from bnjax.training import Batch, Metrics, TrainState
 from experiments.claims import Check, Claim, Evidence, Settings, measured
-from experiments.grids import take, train
+from experiments.lab.grids import take, train
+from experiments.lab.plan import make_arms
+from experiments.lab.presets import Lab10
 from experiments.mnist_bn import metric_lines
-from experiments.plan import make_arms
-from experiments.presets import Lab10
 from experiments.report import figures
 
 PRESET = Lab10()

@@ -15,7 +15,7 @@ from bnjax import diagnostics, initializers, models, paired
 from bnjax.paired import Arm
 from bnjax.training import Batch
 from experiments.claims import Check, Claim, Evidence, Settings, measured
-from experiments.grids import accuracy, take, train
+from experiments.lab.grids import accuracy, take, train
 from experiments.report import figures
 
 RATE, BATCH, EXAMPLES = 0.1, 100, 10_000

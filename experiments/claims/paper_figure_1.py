@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from bnjax import diagnostics, models, paired
 from bnjax.training import Batch
 from experiments.claims import Check, Claim, Evidence, Settings, measured
-from experiments.grids import Cell, accuracy, epochs_of, networks, take, train_grid
+from experiments.lab.grids import Cell, accuracy, epochs_of, networks, take, train_grid
 from experiments.report import figures
 
 STEPS, BATCH, RATE, STD = 50_000, 60, 0.1, 0.1

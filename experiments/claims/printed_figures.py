@@ -8,10 +8,10 @@ from matplotlib.figure import Figure
 
 from bnjax import paired
 from experiments.claims import Claim, Evidence, Settings, interval, measured, predicted
-from experiments.grids import train
+from experiments.lab.grids import train
+from experiments.lab.plan import make_arms
+from experiments.lab.presets import Boostcourse, Deep10, Experiment
 from experiments.mnist_bn import metric_lines
-from experiments.plan import make_arms
-from experiments.presets import Boostcourse, Deep10, Experiment
 from experiments.report import figures
 
 _PRINTED = {  # training cost of each epoch, as printed

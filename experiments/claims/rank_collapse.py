@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from bnjax import diagnostics, initializers, models, paired
 from bnjax.training import to_float
 from experiments.claims import Check, Claim, Evidence, Settings, measured
-from experiments.grids import take
+from experiments.lab.grids import take
 from experiments.report import figures
 
 DEPTH, WIDTH, BATCH = 30, 128, 128

@@ -12,7 +12,7 @@ from bnjax import paired
 from bnjax.functional import BatchStats, batch_norm_train
 from bnjax.training import cross_entropy
 from experiments.claims import Check, Claim, Evidence, Settings, measured
-from experiments.grids import take
+from experiments.lab.grids import take
 from experiments.report import figures
 
 SCALES = (0.01, 0.1, 10.0, 100.0)

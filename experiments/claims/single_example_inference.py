@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from bnjax import diagnostics, paired
 from bnjax.training import Batch, TrainState
 from experiments.claims import Check, Claim, Evidence, Settings, measured
-from experiments.grids import take, train, unstack
-from experiments.plan import make_arms
-from experiments.presets import Lab10
+from experiments.lab.grids import take, train, unstack
+from experiments.lab.plan import make_arms
+from experiments.lab.presets import Lab10
 from experiments.report import figures
 from experiments.train_eval_mode import accuracy, predict
 

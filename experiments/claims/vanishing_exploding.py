@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from bnjax import diagnostics, models, paired
 from bnjax.training import Batch
 from experiments.claims import Check, Claim, Evidence, Settings, measured
-from experiments.grids import (
+from experiments.lab.grids import (
     ACTIVATION_NAMES,
     Cell,
     accuracy,

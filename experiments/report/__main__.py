@@ -10,8 +10,9 @@ import tyro
 from jinja2 import UndefinedError
 from rich.console import Console
 
-from experiments import endings, report, runs
-from experiments.console import noting, print_plain
+from experiments import report
+from experiments.lab import exits, rundir
+from experiments.lab.console import noting, print_plain
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
 
     def command(check: Callable[[], None]) -> int:
-        with endings.mistakes():
-            path = runs.expand(settings.run)
+        with exits.mistakes():
+            path = rundir.expand(settings.run)
             try:
-                with noting(console, runs.ReportWarning):
+                with noting(console, rundir.ReportWarning):
                     report.redraw(path)
             except (KeyError, UndefinedError) as error:
                 raise ValueError(
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_plain(console, f"report: {path / 'report.html'}")
         return 0
 
-    return endings.run(command, list)
+    return exits.run(command, list)
 
 
 if __name__ == "__main__":

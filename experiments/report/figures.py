@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from bnjax.errors import CheckpointError
 from bnjax.statistics import summarize
-from experiments.metrics import ARMS, LABELS
+from experiments.lab.metrics import ARMS, LABELS
 
 Probes = Mapping[str, np.ndarray]
 

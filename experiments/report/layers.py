@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.metrics import ARMS, LABELS
+from experiments.lab.metrics import ARMS, LABELS
 from experiments.report.figures import STYLES, Probes, draw_band, our_style
 
 # Of a deep network so many layers are drawn, the first and the last among them.

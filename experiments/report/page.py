@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from experiments import runs
+from experiments.lab import rundir
 
 
 class Picture(NamedTuple):
@@ -35,7 +35,7 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["is_replaced"] = runs.is_replaced
+    environment.globals["is_replaced"] = rundir.is_replaced
     return environment.get_template(template).render(**values)
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from experiments.metrics import ARMS
+from experiments.lab.metrics import ARMS
 from experiments.report.figures import Probes
 from experiments.report.page import png_uri
 

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from bnjax.errors import CheckpointError, shorten
-from experiments import divergences, metrics, options, probes, runs
-from experiments.console import ONE_REPLICATE, TITLES, format_certainty, format_summary
-from experiments.presets import Experiment
+from experiments.lab import divergences, metrics, options, probes, rundir
+from experiments.lab.console import ONE_REPLICATE, TITLES, format_certainty, format_summary
+from experiments.lab.presets import Experiment
 from experiments.report import figures, layers, predictions, words
 from experiments.report.figures import Probes, read_arrays
 from experiments.report.page import Picture, png_uri, render, svg_uri
@@ -68,11 +68,11 @@ def redraw(path: Path, *, ended: bool = False) -> dict[str, Any]:
     Raises:
         ValueError: if the run has not ended, or files are damaged.
     """
-    config = runs.read_config(path)
+    config = rundir.read_config(path)
     experiment = Experiment.load(config["experiment"])
     lines = metrics.read(path)
     expected = experiment.epochs * experiment.replicates * len(metrics.ARMS)
-    ended = ended or runs.is_finished(path, experiment.epochs) or not probes.end_is_missing(path)
+    ended = ended or rundir.is_finished(path, experiment.epochs) or not probes.end_is_missing(path)
     if len(lines) != expected or not ended:
         raise ValueError(
             f"{path} has not ended: go on with python -m experiments.mnist_bn --resume {path}, "
@@ -90,8 +90,8 @@ def redraw(path: Path, *, ended: bool = False) -> dict[str, Any]:
 
     curves = parts.make("the curves", draw_curves)
     if curves:
-        runs.write_bytes(path / "curves.png", curves[0])
-        runs.write_bytes(path / "curves.svg", curves[1])
+        rundir.write_bytes(path / "curves.png", curves[0])
+        rundir.write_bytes(path / "curves.svg", curves[1])
     html = render(
         "page.html.j2",
         arms=metrics.ARMS,
@@ -112,10 +112,10 @@ def redraw(path: Path, *, ended: bool = False) -> dict[str, Any]:
         summary=summary,
         titles=TITLES,
     )
-    runs.write_bytes(path / "report.html", html.encode(errors="replace"))
+    rundir.write_bytes(path / "report.html", html.encode(errors="replace"))
     for part in parts.missing:
-        warnings.warn(f"the report lacks {part}", runs.ReportWarning, stacklevel=2)
-    runs.write_json(path / "summary.json", summary)
+        warnings.warn(f"the report lacks {part}", rundir.ReportWarning, stacklevel=2)
+    rundir.write_json(path / "summary.json", summary)
     return summary
 
 
@@ -141,7 +141,7 @@ def look_inside(path: Path, experiment: Experiment, replicate: int, parts: Parts
             )
 
         if drawn := parts.make("the digit through the layers", draw_features):
-            runs.write_bytes(path / "features.png", drawn[0])
+            rundir.write_bytes(path / "features.png", drawn[0])
             pictures.append(drawn[1])
     draw: dict[str, Callable[[], Picture]] = {}
     if len(epochs) == len(found):

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from bnjax.statistics import summarize
-from experiments.console import format_summary
-from experiments.metrics import ARMS, LABELS
+from experiments.lab.console import format_summary
+from experiments.lab.metrics import ARMS, LABELS
 from experiments.report import layers, predictions
 from experiments.report.figures import Probes
 

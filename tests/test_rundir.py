@@ -8,13 +8,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from made_up import config, line, make_lines
+from factories import config, line, make_lines
 from PIL import Image
 from rich.console import Console
 
 from bnjax import statistics
-from experiments import console, metrics, runs
-from experiments.presets import Boostcourse, Lab10
+from experiments.lab import console, metrics, rundir
+from experiments.lab.presets import Boostcourse, Lab10
 from experiments.report import figures
 
 
@@ -22,39 +22,39 @@ class TestPlace:
     def test_default(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         assert re.fullmatch(
-            r"runs/lab10-mnist-\d{8}-\d{6}", runs.default_path("lab10", "mnist").as_posix()
+            r"runs/lab10-mnist-\d{8}-\d{6}", rundir.default_path("lab10", "mnist").as_posix()
         )
 
     def test_runs_of_the_same_second_are_numbered(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(runs.time, "strftime", lambda _: "now")
+        monkeypatch.setattr(rundir.time, "strftime", lambda _: "now")
         names = []
         for _ in range(3):
-            path = runs.default_path("lab10", "mnist")
+            path = rundir.default_path("lab10", "mnist")
             path.mkdir(parents=True)
             names.append(path.name)
         assert names == ["lab10-mnist-now", "lab10-mnist-now-2", "lab10-mnist-now-3"]
 
     def test_free(self, tmp_path):
-        runs.check_free(tmp_path)
-        runs.check_free(tmp_path / "new" / "run")
+        rundir.check_free(tmp_path)
+        rundir.check_free(tmp_path / "new" / "run")
 
     def test_full(self, tmp_path):
         (tmp_path / "something").touch()
         with pytest.raises(ValueError, match="is not empty"):
-            runs.check_free(tmp_path)
+            rundir.check_free(tmp_path)
 
     def test_file(self, tmp_path):
         (tmp_path / "run").touch()
         with pytest.raises(ValueError, match="is a file"):
-            runs.check_free(tmp_path / "run")
+            rundir.check_free(tmp_path / "run")
 
     @pytest.mark.parametrize("existing", [False, True])
     def test_appears_with_its_configuration(self, tmp_path, existing):
         path = tmp_path / "new" / "run"
         if existing:
             path.mkdir(parents=True)
-        runs.create(path, {"a": 1})
+        rundir.create(path, {"a": 1})
         assert json.loads((path / "config.json").read_text()) == {"a": 1}
         assert {file.name for file in path.iterdir()} == {"config.json"}
         assert list(path.parent.iterdir()) == [path]
@@ -62,14 +62,14 @@ class TestPlace:
     def test_leaves_nothing_when_it_cannot_appear(self, tmp_path):
         (tmp_path / "file").touch()
         with pytest.raises(ValueError, match="cannot be"):
-            runs.create(tmp_path / "file" / "run", {})
+            rundir.create(tmp_path / "file" / "run", {})
         assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 class TestConfiguration:
     def test_is_read_as_written(self, tmp_path):
-        runs.create(tmp_path / "run", config(Lab10()))
-        assert runs.read_config(tmp_path / "run") == json.loads(json.dumps(config(Lab10())))
+        rundir.create(tmp_path / "run", config(Lab10()))
+        assert rundir.read_config(tmp_path / "run") == json.loads(json.dumps(config(Lab10())))
 
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -86,10 +86,10 @@ class TestConfiguration:
         if text is not None:
             (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
-            runs.read_config(tmp_path)
+            rundir.read_config(tmp_path)
 
     def test_provenance(self):
-        versions = runs.provenance()["versions"]
+        versions = rundir.provenance()["versions"]
         assert {"python", "bnjax", "jax", "flax", "optax"} <= set(versions)
         assert versions["numpy"] == np.__version__
 
@@ -171,34 +171,34 @@ class TestSummary:
         assert summary["arms"]["bn"]["train_cost"]["sd"] is None
 
     def test_is_the_last_file_of_a_finished_run(self, tmp_path):
-        assert not runs.is_finished(tmp_path, 2)
-        runs.write_json(tmp_path / "summary.json", metrics.summarize(make_lines(2, 1)))
-        assert runs.is_finished(tmp_path, 2)
-        assert not runs.is_finished(tmp_path, 3)
+        assert not rundir.is_finished(tmp_path, 2)
+        rundir.write_json(tmp_path / "summary.json", metrics.summarize(make_lines(2, 1)))
+        assert rundir.is_finished(tmp_path, 2)
+        assert not rundir.is_finished(tmp_path, 3)
 
     @pytest.mark.parametrize("text", ["", "{", "{}"])
     def test_damaged_is_not_finished(self, tmp_path, text):
         (tmp_path / "summary.json").write_text(text)
-        assert not runs.is_finished(tmp_path, 2)
+        assert not rundir.is_finished(tmp_path, 2)
 
 
 class TestFiles:
     def test_json_that_cannot_be_written_leaves_the_former(self, tmp_path):
-        runs.write_json(tmp_path / "a.json", {"a": 1})
+        rundir.write_json(tmp_path / "a.json", {"a": 1})
         with pytest.raises(ValueError, match="not JSON compliant"):
-            runs.write_json(tmp_path / "a.json", {"a": math.nan})
+            rundir.write_json(tmp_path / "a.json", {"a": math.nan})
         assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
 
     def test_arrays_are_read_as_written(self, tmp_path):
         arrays = {"bn/features_1": np.arange(6.0).reshape(1, 2, 3), "label": np.int32(3)}
-        runs.write_arrays(tmp_path / "a.npz", arrays)
+        rundir.write_arrays(tmp_path / "a.npz", arrays)
         loaded = figures.read_arrays(tmp_path / "a.npz")
         assert set(loaded) == set(arrays)
         np.testing.assert_array_equal(loaded["bn/features_1"], arrays["bn/features_1"])
 
     def test_nothing_partial_remains(self, tmp_path):
-        runs.write_arrays(tmp_path / "a.npz", {"a": np.zeros(3)})
-        runs.write_json(tmp_path / "a.json", {})
+        rundir.write_arrays(tmp_path / "a.npz", {"a": np.zeros(3)})
+        rundir.write_json(tmp_path / "a.json", {})
         assert {file.name for file in tmp_path.iterdir()} == {"a.npz", "a.json"}
 
 

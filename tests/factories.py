@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from bnjax.data import FILES
-from experiments import metrics, probes, runs
+from experiments.lab import metrics, probes, rundir
 
 
 def line(epoch: int, arm: str, replicate: int = 0, **changes) -> dict:
@@ -33,7 +33,7 @@ def config(experiment, requested: str = "digits") -> dict:
         "experiment": dataclasses.asdict(experiment),
         "execution": {},
         "dataset": {"name": experiment.dataset, "requested": requested, "sha256": "0" * 64},
-        **runs.provenance(),
+        **rundir.provenance(),
         "device_kind": "abacus",
         "device_count": 3,
         "process_count": 1,
@@ -86,15 +86,15 @@ def make_end(experiment, seed: int = 0) -> dict[str, np.ndarray]:
 def save_run(path: Path, experiment, replicates: int = 1, requested: str = "digits") -> list[dict]:
     """Writes all that a report needs; returns the lines of the metrics."""
     experiment = dataclasses.replace(experiment, replicates=replicates)
-    runs.create(path, config(experiment, requested))
+    rundir.create(path, config(experiment, requested))
     lines = make_lines(experiment.epochs, replicates)
     metrics.append(path, lines)
     for epoch in range(1, experiment.epochs + 1):
         file = path / "probes" / f"epoch-{epoch:03}.npz"
-        runs.write_arrays(file, make_probes(experiment, replicates, epoch))
-    runs.write_arrays(path / "probes" / "end.npz", make_end(experiment))
+        rundir.write_arrays(file, make_probes(experiment, replicates, epoch))
+    rundir.write_arrays(path / "probes" / "end.npz", make_end(experiment))
     example = {"image": np.zeros((28, 28), np.uint8), "label": np.int32(6)}
-    runs.write_arrays(path / "probes" / "example.npz", example)
+    rundir.write_arrays(path / "probes" / "example.npz", example)
     return lines
 
 

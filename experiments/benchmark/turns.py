@@ -4,7 +4,7 @@ import multiprocessing
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 
-from experiments.loops import Epoch, Job
+from experiments.benchmark.loops import Epoch, Job
 
 Make = Callable[[Job], Epoch]
 Seconds = list[tuple[float, float]]  # of training and of evaluation

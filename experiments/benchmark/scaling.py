@@ -135,22 +135,24 @@ def _measure(layout: Layout, coordinator: str, process: int, repeats: int) -> di
     import numpy as np
     import optax
 
-    from bnjax import distributed, hosts, models, paired
+    from bnjax import models, paired
     from bnjax.paired import Arm, Lane
+    from bnjax.parallel import processes
+    from bnjax.parallel.mesh import make_mesh, replicate_data
     from bnjax.training import Batch
 
     jax.config.update("jax_num_cpu_devices", layout.devices // layout.processes)
     if layout.processes > 1:
-        hosts.start(coordinator, layout.processes, process)
+        processes.start(coordinator, layout.processes, process)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (STEPS * BATCH, 28, 28)).astype(np.uint8)
     data = Batch(images, rng.integers(0, 10, STEPS * BATCH).astype(np.int32))
-    mesh = distributed.make_mesh(1, layout.devices)
+    mesh = make_mesh(1, layout.devices)
     module = models.MLP((32, 32), 512, layout.network != "without")
     keys = paired.replicate_keys(0, 1)
     lane = Lane((Arm("arm", module, optax.adam(1e-3)),), mesh)
     states = paired.create_states([lane], keys, images[:2])
-    data = distributed.replicate_data(data, mesh)
+    data = replicate_data(data, mesh)
     program = paired.train_epoch.lower(
         states,
         keys,
@@ -163,7 +165,7 @@ def _measure(layout: Layout, coordinator: str, process: int, repeats: int) -> di
     ).compile()
     seconds = []
     for epoch in range(repeats + 1):
-        hosts.wait("the next epoch")
+        processes.wait("the next epoch")
         start = time.perf_counter()
         states, _ = jax.block_until_ready(program(states, keys, epoch, data))
         seconds.append((time.perf_counter() - start) / STEPS)

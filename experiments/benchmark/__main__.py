@@ -32,11 +32,12 @@ from rich.console import Console
 from rich.table import Table
 
 from bnjax.data import cache_directory
-from experiments import loops, operation, runs
-from experiments.console import print_plain
-from experiments.loops import Job
-from experiments.operation import spread
-from experiments.turns import Make, alternate
+from experiments.benchmark import loops, operation
+from experiments.benchmark.loops import Job
+from experiments.benchmark.operation import spread
+from experiments.benchmark.turns import Make, alternate
+from experiments.lab import rundir
+from experiments.lab.console import print_plain
 
 REPLICATES = (1, 2, 8, 32)
 GROWTH: dict[str, tuple[Any, ...]] = {
@@ -121,33 +122,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "growth": lambda: _growth(data, settings.repeats),
             "start": lambda: _start(data, settings, Path(scratch)),
         }
-        found: dict[str, Any] = runs.provenance()
+        found: dict[str, Any] = rundir.provenance()
         for part in settings.parts:
             found[part], table = parts[part]()
             console.print(table)
             if settings.json is not None:
-                runs.write_json(settings.json, found)
+                rundir.write_json(settings.json, found)
     if settings.json is not None and "epoch" in found:
         from experiments.report import figures
 
         picture = settings.json.with_suffix(".png")
-        runs.write_bytes(picture, figures.to_png(figures.benchmark(found["epoch"])))
+        rundir.write_bytes(picture, figures.to_png(figures.benchmark(found["epoch"])))
         print_plain(console, f"picture: {picture}")
     return 0
 
 
 def _scaling(settings: Settings, console: Console) -> int:
-    from experiments import scaling
+    from experiments.benchmark import scaling
 
     found = scaling.run(settings.repeats)
     console.print(scaling.table(found))
     if settings.json is not None:
-        runs.write_json(settings.json, {**runs.provenance(), "scaling": found})
+        rundir.write_json(settings.json, {**rundir.provenance(), "scaling": found})
     return 0
 
 
 def _save_data(settings: Settings, scratch: Path, console: Console) -> str:
-    from experiments.plan import load_data
+    from experiments.lab.plan import load_data
 
     dataset = load_data(settings.dataset, settings.data_dir, console)
     arrays = {
@@ -155,7 +156,7 @@ def _save_data(settings: Settings, scratch: Path, console: Console) -> str:
         for part in ("train", "test")
         for kind in ("images", "labels")
     }
-    runs.write_arrays(scratch / "data.npz", arrays)
+    rundir.write_arrays(scratch / "data.npz", arrays)
     return str(scratch / "data.npz")
 
 
@@ -246,7 +247,12 @@ def _start(data: str, settings: Settings, scratch: Path) -> tuple[Any, Table]:
     commands = {"bnjax, cold": ours, "bnjax, warm": ours}
     commands["bnjax, 8 replicates"] = [*ours, "--replicates", "8"]
     if importlib.util.find_spec("torch"):
-        script = [sys.executable, "-m", "experiments.loops", json.dumps(Job(data)._asdict())]
+        script = [
+            sys.executable,
+            "-m",
+            "experiments.benchmark.loops",
+            json.dumps(Job(data)._asdict()),
+        ]
         commands["PyTorch script"] = [*script, f"{EPOCHS}"]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
     for repeat in range(math.ceil(settings.repeats / 2)):

@@ -8,11 +8,12 @@ import jax
 import numpy as np
 from jax import Array
 
-from bnjax import divergence, hosts, paired
+from bnjax import divergence, paired
 from bnjax.errors import CheckpointError
 from bnjax.paired import Epoch, States
+from bnjax.parallel import processes
 from bnjax.training import Batch, TrainState
-from experiments import metrics, runs
+from experiments.lab import metrics, rundir
 
 FILE = "divergences.json"
 
@@ -58,9 +59,9 @@ def locate(
         before: gives the states before the epoch.
         shares: parts of each batch that were normalized on their own.
     """
-    states = hosts.gather(before()) if any(mark["step"] for mark in marks) else {}
+    states = processes.gather(before()) if any(mark["step"] for mark in marks) else {}
     ended = {mark["arm"] for mark in marks if not mark["step"]}
-    after = {arm: hosts.gather(epoch.states[arm]) for arm in ended}
+    after = {arm: processes.gather(epoch.states[arm]) for arm in ended}
     for mark in marks:
         arm, replicate, step = mark["arm"], mark["replicate"], mark["step"]
         if step:
@@ -102,7 +103,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         CheckpointError: if they cannot be read.
     """
     file = path / FILE
-    marks = runs.parse(file, file.read_bytes()) if file.exists() else []
+    marks = rundir.parse(file, file.read_bytes()) if file.exists() else []
     if not isinstance(marks, list) or not all(map(_is_mark, marks)):
         raise CheckpointError(f"{file} is damaged: it is no list of divergences")
     return marks
@@ -129,7 +130,7 @@ def truncate(path: Path, epochs: int) -> list[dict[str, Any]]:
 
 def write(path: Path, marks: Sequence[Mapping[str, Any]]) -> None:
     """Keeps those of a run."""
-    runs.write_json(path / FILE, marks)
+    rundir.write_json(path / FILE, marks)
 
 
 def describe(mark: Mapping[str, Any]) -> str:

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from bnjax.distributed import parse_mesh
 from bnjax.names import choose
-from experiments.presets import PRESETS, Experiment, check_saved
+from bnjax.parallel.mesh import parse_mesh
+from experiments.lab.presets import PRESETS, Experiment, check_saved
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from experiments import endings, runs
 from experiments.claims import Check, Claim, Evidence, Verdict, interval, judge, load_claims
+from experiments.lab import exits, rundir
 from experiments.report import figures
 from experiments.report.page import png_uri, render
 
@@ -35,14 +35,14 @@ def save(path: Path, claim: Claim, evidence: Evidence, seconds: float) -> None:
     """Writes a claim's evidence into its directory."""
     (path / claim.id).mkdir(parents=True, exist_ok=True)
     (path / claim.id / "figure.png").unlink(missing_ok=True)  # of other evidence
-    content = runs.null_for_nan({**evidence._asdict(), "seconds": seconds})
-    runs.write_json(path / claim.id / EVIDENCE, content)
+    content = rundir.null_for_nan({**evidence._asdict(), "seconds": seconds})
+    rundir.write_json(path / claim.id / EVIDENCE, content)
 
 
 def load(path: Path, claim: Claim) -> tuple[Evidence, float]:
     """The evidence of a claim, and the seconds that it took."""
-    content = runs.nan_for_null(
-        runs.read_object(path / claim.id / EVIDENCE, [*Evidence._fields, "seconds"])
+    content = rundir.nan_for_null(
+        rundir.read_object(path / claim.id / EVIDENCE, [*Evidence._fields, "seconds"])
     )
     seconds = content.pop("seconds")
     return Evidence(**content), seconds
@@ -80,16 +80,16 @@ def write_page(path: Path, command: str) -> None:
     html = render(
         "claims.html.j2",
         command=command,
-        config=runs.read_config(path),
+        config=rundir.read_config(path),
         counts=[(verdict.value, counts[verdict]) for verdict in Verdict],
         sections=sections,
     )
-    runs.write_bytes(path / "report.html", html.encode())
+    rundir.write_bytes(path / "report.html", html.encode())
     verdicts = [
         {"claim": section["claim"].id, "verdict": section["verdict"], "checks": section["rows"]}
         for section in sections
     ]
-    runs.write_json(path / "verdicts.json", {"verdicts": verdicts})
+    rundir.write_json(path / "verdicts.json", {"verdicts": verdicts})
 
 
 def _section(path: Path, claim: Claim, evidence: Evidence, seconds: float) -> dict[str, Any]:
@@ -109,8 +109,8 @@ def _section(path: Path, claim: Claim, evidence: Evidence, seconds: float) -> di
 def _figure(file: Path, claim: Claim, evidence: Evidence) -> str:
     if not file.exists():
         told = f"the picture of {claim.id} could not be drawn"
-        with endings.optional(Console(), told, "the same command with --out tries again"):
-            runs.write_bytes(file, figures.to_png(claim.draw(evidence)))
+        with exits.optional(Console(), told, "the same command with --out tries again"):
+            rundir.write_bytes(file, figures.to_png(claim.draw(evidence)))
     return png_uri(file.read_bytes()) if file.exists() else ""
 
 

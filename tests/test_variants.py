@@ -10,7 +10,7 @@ from reference import relative_error
 
 import bnjax
 from bnjax.functional import BatchStats, batch_norm_eval, batch_norm_train
-from bnjax.relatives import batch_renorm_train, virtual_batches
+from bnjax.variants import batch_renorm_train, virtual_batches
 
 KEY = jax.random.key(0)
 MASK = np.array([1, 1, 0, 1, 1, 1, 1, 1, 0, 1, 1, 0], bool)

@@ -15,10 +15,10 @@ from typing import NoReturn
 import jax
 from rich.console import Console
 
-from bnjax import hosts
 from bnjax.errors import CheckpointError, shorten
-from experiments import runs
-from experiments.console import print_plain
+from bnjax.parallel import processes
+from experiments.lab import rundir
+from experiments.lab.console import print_plain
 
 # The status of a run that has ended in order, but every replicate of one network diverged.
 DIVERGED = 3
@@ -55,7 +55,7 @@ def optional(console: Console, what: str, then: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, runs.WriteError) or hosts.is_lost(error):
+        if isinstance(error, rundir.WriteError) or processes.is_lost(error):
             raise
         told = f"NOTE: {what} ({shorten(error)}): {then}"
         print_plain(console, told, style="bold yellow")
@@ -84,7 +84,7 @@ def run(
         place = f"{error.filename}: " if error.filename else ""
         return _tell(f"error: {place}{error.strerror or error}", 2, how_to_go_on())
     except Exception as error:
-        if hosts.is_lost(error):
+        if processes.is_lost(error):
             return _tell("error: another process is lost", 1, how_to_go_on())
         if _is_out_of_memory(error):
             hint = "choose smaller networks, a smaller batch or fewer replicates"
@@ -123,10 +123,10 @@ def _tell(
 ) -> int:
     """Says why the command ends; of several processes each says its own, or the first for all."""
     hint = f"; go on with: {shlex.join(words)}" if words else ""
-    if hosts.is_first():
+    if processes.is_first():
         print_plain(Console(stderr=True), message + hint)
     elif not by_first:
-        print_plain(Console(stderr=True), f"{hosts.name()}: {message}{hint}")
+        print_plain(Console(stderr=True), f"{processes.name()}: {message}{hint}")
     return status
 
 

@@ -19,13 +19,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bnjax import data
-from bnjax.distributed import AXES, parse_mesh
+from bnjax.data.idx import read_images, read_labels
 from bnjax.errors import DataError
-from bnjax.idx import read_images, read_labels
 from bnjax.models import MLP
+from bnjax.parallel.mesh import AXES, parse_mesh
 from bnjax.torch_interop import from_torch, to_torch
-from experiments import metrics, mnist_bn, report, runs
-from experiments.presets import PRESETS, Experiment
+from experiments import mnist_bn, report
+from experiments.lab import metrics, rundir
+from experiments.lab.presets import PRESETS, Experiment
 
 HUGE = 2**32 - 1
 MARKUP = "a<script>alert('&\"')</script><img src=x onerror=y>{{ 7 * 7 }}b"
@@ -268,11 +269,11 @@ class TestConfiguration:
     def test_is_read_or_refused(self, place, content):
         (place / "config.json").write_bytes(content)
         try:
-            config = runs.read_config(place)
+            config = rundir.read_config(place)
         except ValueError as error:
             assert_one_sentence(error, place / "config.json")
         else:
-            assert all(isinstance(config[section], dict) for section in runs.SECTIONS)
+            assert all(isinstance(config[section], dict) for section in rundir.SECTIONS)
 
     @examples(200)
     @given(st.one_of(st.text(), st.from_regex(r"(replicate|data|x)=[0-9²٣]{1,3}(,data=1)?")))
@@ -491,11 +492,11 @@ class TestReport:
         assert "script" not in Page(page).tags
 
     def test_of_names_and_settings_with_markup(self, run):
-        config = runs.read_config(run)
+        config = rundir.read_config(run)
         experiment = config["experiment"]
         hostile = {**with_markup(config), "experiment": experiment}
         hostile["execution"]["data_dir"] = MARKUP
-        runs.write_json(run / "config.json", hostile)
+        rundir.write_json(run / "config.json", hostile)
         plain = Page((run / "report.html").read_text())
         report.redraw(run)
         page = Page((run / "report.html").read_text())

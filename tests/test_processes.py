@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from command import Result, assert_same_numbers, call, lines_of
 
-from bnjax import hosts
-from experiments import divergences, runs
+from bnjax.parallel import processes
+from experiments.lab import divergences, rundir
 
 pytestmark = pytest.mark.slow
 
@@ -110,7 +110,7 @@ def test_replicates_on_processes_are_bitwise_those_of_one(start, alone, tmp_path
     path = tmp_path / "run"
     results = end(start(2, *NETWORK, *REPLICATES, "--mesh", mesh, "--out", path))
     assert [result.status for result in results] == [0, 0], results
-    assert runs.read_config(path)["mesh"] == {"replicate": 2, "data": 1}
+    assert rundir.read_config(path)["mesh"] == {"replicate": 2, "data": 1}
     assert lines_of(path) == lines_of(alone)
 
 
@@ -257,9 +257,9 @@ def test_divergence_ends_all_processes_alike(start, tmp_path):
 
 
 def test_process_0_is_not_where_it_should_be(monkeypatch):
-    monkeypatch.setattr(hosts, "PATIENCE", 1)
+    monkeypatch.setattr(processes, "PATIENCE", 1)
     with pytest.raises(ValueError, match="process 0 does not answer at"):
-        hosts.start(f"127.0.0.1:{free_port()}", 2, 1)
+        processes.start(f"127.0.0.1:{free_port()}", 2, 1)
 
 
 def test_the_port_is_taken():
@@ -267,13 +267,13 @@ def test_the_port_is_taken():
         socket.create_server(("", 0)) as taken,
         pytest.raises(ValueError, match="process 0 cannot listen at port"),
     ):
-        hosts.start(f"127.0.0.1:{taken.getsockname()[1]}", 2, 0)
+        processes.start(f"127.0.0.1:{taken.getsockname()[1]}", 2, 0)
 
 
 @pytest.mark.parametrize("address", ["", "here", ":1", "here:", "here:0", "here:99999", "here:x"])
 def test_an_address_without_a_port_is_refused(address):
     with pytest.raises(ValueError, match="expected HOST:PORT"):
-        hosts.start(address, 2, 0)
+        processes.start(address, 2, 0)
 
 
 def write_idx(directory: Path, seed: int = 0) -> None:
@@ -324,7 +324,7 @@ def test_the_script_of_the_readme(home, tmp_path):
         )
         assert ended.returncode == 0, ended.stderr
         assert told in (tmp_path / "0.out").read_text()
-    config = runs.read_config(tmp_path / "runs" / "digits")
+    config = rundir.read_config(tmp_path / "runs" / "digits")
     assert config["mesh"] == {"replicate": 2, "data": 1}
     assert config["experiment"]["replicates"] == 32
     assert config["process_count"] == 2

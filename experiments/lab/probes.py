@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax import diagnostics, hosts, models, population
+from bnjax import diagnostics, models, population
 from bnjax.paired import Arm, Lane, States
+from bnjax.parallel import processes
 from bnjax.training import Batch, to_float
-from experiments import metrics
+from experiments.lab import metrics
 
 # So many training examples are looked at; a fixed sample shows what changes between epochs.
 SAMPLE = 500
@@ -46,7 +47,7 @@ def after_epoch(
     """
     sample = jax.tree.map(lambda a: a[:SAMPLE], train)
     return {
-        f"{arm.name}/{name}": hosts.gather(values)
+        f"{arm.name}/{name}": processes.gather(values)
         for lane in lanes
         for arm in lane.arms
         for name, values in _look(arm.module, states[arm.name].variables, example, sample).items()
@@ -93,7 +94,7 @@ def at_end(
     """
     arms = [arm for lane in lanes for arm in lane.arms]
     chosen = {
-        arm.name: jax.tree.map(lambda a: a[replicate], hosts.gather(states[arm.name].variables))
+        arm.name: jax.tree.map(lambda a: a[replicate], processes.gather(states[arm.name].variables))
         for arm in arms
     }
     predictions = {arm.name: _predict(arm.module, chosen[arm.name], test) for arm in arms}

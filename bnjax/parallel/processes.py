@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bnjax.distributed import place
+from bnjax.parallel.mesh import place
 
 # Seconds without a sign of life after which a process counts as lost. JAX's default is 100.
 HEARTBEAT = 20

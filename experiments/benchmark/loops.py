@@ -2,8 +2,8 @@
 
 Each contender trains the network with batch normalization and its twin on the same batches, and
 evaluates both on all training and test examples. It is made in a process of its own, and imports
-nothing that its users would not import: `python -m experiments.loops JOB EPOCHS` is the whole
-experiment as a PyTorch script.
+nothing that its users would not import: `python -m experiments.benchmark.loops JOB EPOCHS` is the
+whole experiment as a PyTorch script.
 """
 
 import json
@@ -36,8 +36,8 @@ def bnjax(job: Job) -> Epoch:
 
     from bnjax import paired
     from bnjax.training import Batch
-    from experiments import devices, plan
-    from experiments.presets import Boostcourse
+    from experiments.lab import devices, plan
+    from experiments.lab.presets import Boostcourse
 
     experiment = Boostcourse(
         hidden_sizes=tuple(job.hidden_sizes),

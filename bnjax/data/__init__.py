@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bnjax import download, idx, prepared
+from bnjax.data import download, idx, prepared
 from bnjax.errors import DataError, DataWarning, DownloadError
 from bnjax.names import choose
 

@@ -14,7 +14,7 @@ from jax import Array
 from bnjax import initializers, models, paired
 from bnjax.paired import Arm, Epoch, States
 from bnjax.training import Batch, TrainState
-from experiments import devices
+from experiments.lab import devices
 
 ACTIVATION_NAMES = {"relu": "ReLU", "sigmoid": "sigmoid", "tanh": "tanh"}
 UNIT_NORMAL = initializers.normal(1.0)

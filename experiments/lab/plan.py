@@ -12,14 +12,15 @@ import jax
 import optax
 from rich.console import Console
 
-from bnjax import data, hosts, initializers, models
+from bnjax import data, initializers, models
 from bnjax.data import Dataset
 from bnjax.errors import DataWarning
 from bnjax.paired import Arm, Lane
-from experiments import devices, options, probes, runs
-from experiments.console import noting, open_report, print_plain
-from experiments.options import Options
-from experiments.presets import Experiment
+from bnjax.parallel import processes
+from experiments.lab import devices, options, probes, rundir
+from experiments.lab.console import noting, open_report, print_plain
+from experiments.lab.options import Options
+from experiments.lab.presets import Experiment
 
 
 @dataclass(frozen=True)
@@ -51,30 +52,30 @@ def prepare(arguments: Sequence[str], prog: str, description: str, console: Cons
     if execution.distributed:
         _join(chosen, console)
     if execution.resume:
-        finished = runs.is_finished(execution.resume, chosen.experiment.epochs)
+        finished = rundir.is_finished(execution.resume, chosen.experiment.epochs)
         finished = finished and not probes.end_is_missing(execution.resume)
-        if hosts.tell_all(finished)[0]:
+        if processes.tell_all(finished)[0]:
             told = f"{execution.resume} is finished: {chosen.experiment.epochs} epochs"
             print_plain(console, f"{told}; --epochs can add to them")
-            if execution.open and hosts.is_first():
+            if execution.open and processes.is_first():
                 open_report(execution.resume)
             return None
-    plan = hosts.together(partial(_plan, chosen, saved, console))
-    hosts.check_same({"data": plan.config["dataset"], "mesh": dict(plan.lanes[0].mesh.shape)})
-    return dataclasses.replace(plan, path=Path(hosts.tell_all(str(plan.path))[0]))
+    plan = processes.together(partial(_plan, chosen, saved, console))
+    processes.check_same({"data": plan.config["dataset"], "mesh": dict(plan.lanes[0].mesh.shape)})
+    return dataclasses.replace(plan, path=Path(processes.tell_all(str(plan.path))[0]))
 
 
 def _join(chosen: Options, console: Console) -> None:
     execution = chosen.execution
     if execution.process_id == 0:
         told = f"{execution.num_processes} processes at {execution.coordinator}"
-        print_plain(console, f"waiting for {told}, at most {hosts.PATIENCE} seconds")
+        print_plain(console, f"waiting for {told}, at most {processes.PATIENCE} seconds")
     devices.join_processes(execution)
-    console.quiet = not hosts.is_first()
-    hosts.check_same(
+    console.quiet = not processes.is_first()
+    processes.check_same(
         {
             **dataclasses.asdict(chosen.experiment),
-            **runs.provenance(),
+            **rundir.provenance(),
             "float": jax.dtypes.canonicalize_dtype(float).name,
             "processes": execution.num_processes,
             "resume": str(execution.resume),
@@ -87,9 +88,9 @@ def _join(chosen: Options, console: Console) -> None:
 def _plan(chosen: Options, saved: dict[str, Any] | None, console: Console) -> Plan:
     """What this process finds on its own."""
     experiment, execution = chosen.experiment, chosen.execution
-    out = execution.out and runs.expand(execution.out)
-    if out and hosts.is_first():
-        runs.check_free(out)
+    out = execution.out and rundir.expand(execution.out)
+    if out and processes.is_first():
+        rundir.check_free(out)
 
     dataset = load_data(experiment.dataset, execution.data_dir, console)
     experiment.check_against(dataset)
@@ -108,11 +109,11 @@ def _plan(chosen: Options, saved: dict[str, Any] | None, console: Console) -> Pl
     mesh = dict(lanes[0].mesh.shape)
     _check_statistics(experiment, mesh, len(dataset.train_labels), saved)
     check_memory(experiment, devices.memory(lanes))
-    path = execution.resume or out or runs.default_path(experiment.preset, dataset.name)
-    data_dir = execution.data_dir and runs.expand(execution.data_dir).absolute()
+    path = execution.resume or out or rundir.default_path(experiment.preset, dataset.name)
+    data_dir = execution.data_dir and rundir.expand(execution.data_dir).absolute()
     experiment = dataclasses.replace(experiment, dataset=dataset.name)
     execution = dataclasses.replace(execution, data_dir=data_dir)
-    origin = {**runs.provenance(), **devices.describe(), "mesh": mesh}
+    origin = {**rundir.provenance(), **devices.describe(), "mesh": mesh}
     if saved:
         config = {**saved, "resumed": [*saved.get("resumed", []), origin]}
     else:
@@ -130,8 +131,8 @@ def _read_options(
     preset, resume = options.preset_and_resume(arguments)
     if not resume:
         return options.parse(arguments, options.preset_defaults(preset), prog, description), None
-    resume = runs.expand(resume)
-    saved = runs.read_config(resume)
+    resume = rundir.expand(resume)
+    saved = rundir.read_config(resume)
     try:
         before = Experiment.load(saved["experiment"])
         defaults = Options(before, options.Execution.load(saved["execution"], resume))
@@ -164,17 +165,17 @@ def make_arms(experiment: Experiment) -> tuple[Arm, ...]:
 def describe(
     settings: dict[str, Any], dataset: data.Dataset, requested: str, data_dir: Path | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `runs.occupied` keeps of results that are no run: their settings, and their origin."""
+    """What `rundir.occupied` keeps of results that are no run: their settings, and their origin."""
     config = {
         "experiment": settings,
-        "execution": {"data_dir": data_dir and str(runs.expand(data_dir).absolute())},
+        "execution": {"data_dir": data_dir and str(rundir.expand(data_dir).absolute())},
         "dataset": {
             "name": dataset.name,
             "sha256": data.fingerprint(dataset),
             "requested": requested,
         },
     }
-    return config, {**runs.provenance(), **devices.describe()}
+    return config, {**rundir.provenance(), **devices.describe()}
 
 
 def check_memory(experiment: Experiment, available: int) -> None:
@@ -229,7 +230,7 @@ def load_data(name: str, directory: Path | None, console: Console) -> Dataset:
         ValueError: as `bnjax.data.load`.
     """
     with noting(console, DataWarning):
-        return data.load(name, directory and runs.expand(directory))
+        return data.load(name, directory and rundir.expand(directory))
 
 
 def _jsonable(values: dict[str, Any]) -> dict[str, Any]:

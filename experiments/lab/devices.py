@@ -13,10 +13,10 @@ import jax
 import psutil
 from jax.sharding import Mesh
 
-from bnjax import hosts
-from bnjax.distributed import make_mesh, parse_mesh
 from bnjax.paired import Arm, Lane
-from experiments.options import Execution
+from bnjax.parallel import processes
+from bnjax.parallel.mesh import make_mesh, parse_mesh
+from experiments.lab.options import Execution
 
 # JAX opens threads for each; some hundreds end the program.
 MAX_CPUS = 64
@@ -116,7 +116,7 @@ def join_processes(execution: Execution) -> None:
         count = math.prod(parse_mesh(execution.mesh).values()) // execution.num_processes
     open_cpus(max(count, 1))
     _keep_stdout()
-    hosts.start(execution.coordinator, execution.num_processes, execution.process_id)
+    processes.start(execution.coordinator, execution.num_processes, execution.process_id)
 
 
 def _keep_stdout() -> None:

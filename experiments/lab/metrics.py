@@ -14,7 +14,7 @@ import numpy as np
 
 from bnjax import statistics
 from bnjax.errors import CheckpointError
-from experiments import runs
+from experiments.lab import rundir
 
 ARMS = ("bn", "no_bn")
 LABELS = {"bn": "with BN", "no_bn": "without BN"}
@@ -25,7 +25,7 @@ METRICS = ("train_cost", "train_loss", "train_accuracy", "test_loss", "test_accu
 def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Appends lines to `metrics.jsonl`; what is not finite becomes `null`."""
     file = path / "metrics.jsonl"
-    with runs.naming(file), file.open("ab") as stream:
+    with rundir.naming(file), file.open("ab") as stream:
         stream.write(_to_jsonl(lines))
         stream.flush()
         os.fsync(stream.fileno())
@@ -43,7 +43,7 @@ def read(path: Path, replicates: int | None = None) -> list[dict[str, Any]]:
     """
     file = path / "metrics.jsonl"
     content = file.read_bytes() if file.exists() else b""
-    lines = [runs.parse(file, line) for line in content.split(b"\n")[:-1]]
+    lines = [rundir.parse(file, line) for line in content.split(b"\n")[:-1]]
     places = _places(replicates or sum(map(_starts_replicate, lines)) or 1)
     for number, (line, place) in enumerate(zip(lines, places, strict=False), 1):
         if not _is_line(line, place):
@@ -77,12 +77,12 @@ def _is_line(line: Any, place: tuple[int, int, str]) -> bool:
 def truncate(path: Path, epochs: int) -> None:
     """Drops the lines of epochs after the first `epochs`, and a torn last line."""
     kept = [line for line in read(path) if line["epoch"] <= epochs]
-    runs.write_bytes(path / "metrics.jsonl", _to_jsonl(kept))
+    rundir.write_bytes(path / "metrics.jsonl", _to_jsonl(kept))
 
 
 def _to_jsonl(lines: Iterable[Mapping[str, Any]]) -> bytes:
     return b"".join(
-        json.dumps(runs.null_for_nan(x), allow_nan=False).encode() + b"\n" for x in lines
+        json.dumps(rundir.null_for_nan(x), allow_nan=False).encode() + b"\n" for x in lines
     )
 
 
@@ -121,7 +121,7 @@ def write_summary(
 ) -> dict[str, Any]:
     """Writes `summary.json`, the last file of a run, and returns its content."""
     summary = {**summarize(lines), "divergences": divergences}
-    runs.write_json(path / "summary.json", summary)
+    rundir.write_json(path / "summary.json", summary)
     return summary
 
 

@@ -14,8 +14,8 @@ from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from experiments.metrics import ARMS, curves
-from experiments.presets import Experiment
+from experiments.lab.metrics import ARMS, curves
+from experiments.lab.presets import Experiment
 
 TITLES = {"bn": "with batch normalization", "no_bn": "without"}
 ONE_REPLICATE = "One replicate: no interval can be given; --replicates 8 would give one."

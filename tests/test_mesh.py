@@ -16,12 +16,15 @@ import optax
 import pytest
 from command import assert_same_numbers, call, lines_of
 
-from bnjax import distributed, models, paired, training
+from bnjax import models, paired, training
 from bnjax.layers import BatchNorm
 from bnjax.paired import Arm, Lane
+from bnjax.parallel import mesh as placement
+from bnjax.parallel.mesh import make_mesh, replicate_data
 from bnjax.torch_interop import to_torch
 from bnjax.training import Batch
-from experiments import devices, runs, scaling
+from experiments.benchmark import scaling
+from experiments.lab import devices, rundir
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 
@@ -59,7 +62,7 @@ def train(mesh, batch_size, count, dtype, arm, statistics="global"):
         states,
         keys,
         1,
-        distributed.replicate_data(data, mesh),
+        replicate_data(data, mesh),
         batch_size=batch_size,
         drop_last=False,
         mesh=mesh,
@@ -71,7 +74,7 @@ def train(mesh, batch_size, count, dtype, arm, statistics="global"):
 
 @cache
 def train_alone(batch_size, count, dtype):
-    return train(distributed.make_mesh(), batch_size, count, dtype, make_arm())
+    return train(make_mesh(), batch_size, count, dtype, make_arm())
 
 
 @pytest.mark.skipif(not jax.config.jax_enable_x64, reason="needs JAX_ENABLE_X64=1")
@@ -80,7 +83,7 @@ def train_alone(batch_size, count, dtype):
 def test_global_statistics_are_those_of_one_device_after_fifty_steps(mesh, batch_size):
     count = 50 * batch_size
     alone, _ = train_alone(batch_size, count, np.float64)
-    shared, _ = train(distributed.make_mesh(*mesh), batch_size, count, np.float64, make_arm())
+    shared, _ = train(make_mesh(*mesh), batch_size, count, np.float64, make_arm())
     for a, b in zip(jax.tree.leaves(shared), jax.tree.leaves(alone), strict=True):
         assert a.dtype == np.float64
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-9)
@@ -91,7 +94,7 @@ def test_global_statistics_are_those_of_one_device_after_fifty_steps(mesh, batch
 def test_global_statistics_in_float32_give_the_same_first_losses(mesh, batch_size):
     count = 10 * batch_size
     _, alone = train_alone(batch_size, count, np.float32)
-    _, shared = train(distributed.make_mesh(*mesh), batch_size, count, np.float32, make_arm())
+    _, shared = train(make_mesh(*mesh), batch_size, count, np.float32, make_arm())
     assert shared.shape == (2, 10)
     np.testing.assert_allclose(shared, alone, rtol=1e-5)
 
@@ -102,8 +105,8 @@ def test_local_statistics_are_those_of_each_share_of_the_batch(devices):
     sgd = optax.sgd(0.1)
     norm = partial(MOMENTUM, virtual_batch_size=32 // devices)
     ghost = make_arm(optimizer=sgd, batch_norm=norm)
-    alone, expected = train(distributed.make_mesh(), 32, 96, np.float32, ghost)
-    mesh = distributed.make_mesh(1, devices)
+    alone, expected = train(make_mesh(), 32, 96, np.float32, ghost)
+    mesh = make_mesh(1, devices)
     shared, losses = train(mesh, 32, 96, np.float32, make_arm(optimizer=sgd), "local")
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     for a, b in zip(
@@ -117,7 +120,7 @@ def step_on(devices):
     return jax.jit(
         jax.shard_map(
             partial(training.train_step, axis_name="data"),
-            mesh=distributed.make_mesh(1, devices),
+            mesh=make_mesh(1, devices),
             in_specs=(jax.P(), jax.P("data")),
             out_specs=jax.P(),
             check_vma=False,
@@ -190,10 +193,10 @@ def test_local_statistics_are_those_of_pytorch_distributed():
 
 @pytest.mark.parametrize("statistics", ["global", "local"])
 def test_replicates_at_once_are_those_one_after_the_other(monkeypatch, statistics):
-    arm, mesh = make_arm(optimizer=optax.sgd(0.1)), distributed.make_mesh(2, 4)
+    arm, mesh = make_arm(optimizer=optax.sgd(0.1)), make_mesh(2, 4)
     results = []
     for at_once in (False, True):
-        monkeypatch.setattr(distributed, "runs_at_once", lambda mesh, at_once=at_once: at_once)
+        monkeypatch.setattr(placement, "runs_at_once", lambda mesh, at_once=at_once: at_once)
         jax.clear_caches()
         results.append(train(mesh, 32, 320, np.float32, arm, statistics))
     jax.clear_caches()
@@ -203,7 +206,7 @@ def test_replicates_at_once_are_those_one_after_the_other(monkeypatch, statistic
 
 def collectives(mesh, replicates, batch_size, depth, use_batch_norm=True, statistics="global"):
     """What the devices do together in a step, as the compiled program of an epoch has it."""
-    mesh, keys = distributed.make_mesh(*mesh), paired.replicate_keys(0, replicates)
+    mesh, keys = make_mesh(*mesh), paired.replicate_keys(0, replicates)
     data = examples(4 * batch_size, np.float32)
     module = models.MLP((16,) * depth, 10, use_batch_norm)
     states = paired.create_states(
@@ -213,7 +216,7 @@ def collectives(mesh, replicates, batch_size, depth, use_batch_norm=True, statis
         states,
         keys,
         1,
-        distributed.replicate_data(data, mesh),
+        replicate_data(data, mesh),
         batch_size=batch_size,
         drop_last=True,
         mesh=mesh,
@@ -262,7 +265,7 @@ def test_the_command_computes_the_same_on_any_mesh(tmp_path):
         result = call(*DIGITS, *settings, "--mesh", path.name, "--out", path)
         assert result.status == 0, result.err
     for path, data in zip(others, (2, 1), strict=True):
-        assert runs.read_config(path)["mesh"] == {"replicate": 2, "data": data}
+        assert rundir.read_config(path)["mesh"] == {"replicate": 2, "data": data}
         assert_same_numbers(path, alone)
 
 

@@ -29,7 +29,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from bnjax import checkpoint
 from bnjax.errors import CheckpointWarning
-from experiments import devices, metrics, report, runs
+from experiments import report
+from experiments.lab import devices, metrics, rundir
 
 pytestmark = pytest.mark.slow
 
@@ -382,7 +383,7 @@ class TestTornMetrics:
 class TestOneAtATime:
     def test_a_second_process_is_refused(self, three_epochs, tmp_path):
         path = Path(shutil.copytree(three_epochs, tmp_path / "run"))
-        with runs.locked(path):
+        with rundir.locked(path):
             result = call("--resume", path, "--epochs", EPOCHS)
         assert result.status == 2
         assert f"{path} is in use by another process" in result.err
@@ -392,9 +393,9 @@ class TestOneAtATime:
 @pytest.mark.parametrize(("name", "value"), [("batch_size", 50), ("replicates", 2), ("seed", 1)])
 def test_settings_changed_in_the_file_are_refused(three_epochs, tmp_path, name, value):
     path = Path(shutil.copytree(three_epochs, tmp_path / "run"))
-    config = runs.read_config(path)
+    config = rundir.read_config(path)
     config["experiment"][name] = value
-    runs.write_json(path / "config.json", config)
+    rundir.write_json(path / "config.json", config)
     before = files_of(path), (path / "config.json").read_bytes()
     assert call("--resume", path, "--epochs", EPOCHS).status == 2
     assert (files_of(path), (path / "config.json").read_bytes()) == before
@@ -508,7 +509,7 @@ class TestDiskFull:
         def fail(*_):
             raise OSError(code, os.strerror(code))
 
-        monkeypatch.setattr(runs, "write_bytes", fail)
+        monkeypatch.setattr(rundir, "write_bytes", fail)
         path = tmp_path / "run"
         assert_told(call(*new(path)), path, "", os.strerror(code))
         assert list(tmp_path.iterdir()) == []

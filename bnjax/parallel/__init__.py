@@ -1,0 +1,1 @@
+"""Where computations run: the mesh of devices, and several processes."""

@@ -1,0 +1,1 @@
+"""Speed beside that of peers: `python -m experiments.benchmark`."""
