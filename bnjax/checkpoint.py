@@ -23,6 +23,7 @@ import numpy as np
 
 from bnjax.errors import CheckpointError, CheckpointWarning, DamagedCheckpointError, shorten
 from bnjax.parallel import processes
+from bnjax.parallel.mesh import place
 
 KEEP = 2
 HEADER = 8
