@@ -1,39 +1,52 @@
-"""Saving and restoring the state of a run with orbax.
+"""Saving and restoring the state of a run, one standard file after each epoch.
 
-A checkpoint is one vector of bytes: a checksum, a fingerprint of the structure, and all leaves end
-to end. Orbax's time goes by the number of arrays, and the checksum covers every byte of them.
+`epoch-007.safetensors` holds every array of the state under its path, as
+`bn/params/Dense_0/kernel`, with the replicates as first axis. Its metadata are the number of
+epochs, the settings, and a SHA-256 over these and names, dtypes, shapes and bytes of all arrays.
 """
 
-import errno
+import hashlib
+import json
 import math
 import os
 import re
-import tempfile
+import time
 import warnings
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
 import numpy as np
+import safetensors.numpy
 
 from bnjax.errors import CheckpointError, CheckpointWarning, DamagedCheckpointError, shorten
 from bnjax.parallel import processes
 from bnjax.parallel.mesh import place
 
 KEEP = 2
-HEADER = 8
+KINDS = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint", "C": "complex", "BOOL": "bool"}
+
+
+def file_of(directory: Path, epochs: int) -> Path:
+    """The checkpoint after `epochs` epochs, among those in `directory`."""
+    return directory / f"epoch-{epochs:03}.safetensors"
+
+
+def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays of a checkpoint by their names, and its metadata: `epochs` and `settings`.
+
+    Raises:
+        DamagedCheckpointError: if it is not as it was written.
+        OSError: if it cannot be read.
+    """
+    return _parse(path, path.read_bytes())
 
 
 class Checkpoints:
-    """The checkpoints of a run, one per epoch, of which the last few are kept.
+    """The checkpoints of a run, of which the last two are kept.
 
-    Saving goes on in the background, and leaving the `with` block waits for it; among processes
-    each writes its part, and saving ends before the next epoch begins.
+    Among processes the first writes, and where that fails it fails in all.
     """
 
     def __init__(self, directory: Path, settings: str = "") -> None:
@@ -45,38 +58,24 @@ class Checkpoints:
         """
         self._directory = directory.absolute()
         self._settings = settings
-        self._latest: tuple[int, np.ndarray] | None = None
-
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if "_manager" in vars(self) and (kind is None or processes.count() == 1):
-            with self._writing():
-                self._manager.close()
+        self._latest: tuple[int, bytes] | None = None
 
     def save(self, epochs: int, states: Any) -> None:
         """Saves `states`, a pytree of arrays, as they are after `epochs` epochs.
 
         Raises:
-            OSError: if this checkpoint, or the one before, cannot be written.
+            OSError: if the file cannot be written.
         """
-        import orbax.checkpoint as ocp
-
-        packed = self._pack(epochs, states)
-        self._latest = epochs, packed
-        with self._writing():
-            if processes.is_first():
-                self._directory.mkdir(exist_ok=True)  # orbax would make lost ones again
-            processes.wait("a directory for checkpoints")
-            self._manager.save(
-                epochs, args=ocp.args.StandardSave({"state": processes.share(packed)})
-            )
+        arrays = {
+            name: np.asarray(leaf, order="C")  # the bytes are written as they lie in memory
+            for name, leaf in _by_name(processes.gather(states)).items()
+        }
+        metadata = {"epochs": str(epochs), "settings": self._settings}
+        metadata["sha256"] = _checksum(arrays, metadata)
+        content = safetensors.numpy.save(arrays, metadata)
+        self._latest = epochs, content
+        path = file_of(self._directory, epochs)
+        processes.run_on_all(lambda: _write(path, content) if processes.is_first() else None)
 
     def restore(self, states: Any, *, at_most: float = math.inf) -> tuple[int, Any]:
         """The number of epochs of the last whole checkpoint and its states; `(0, states)` if none.
@@ -92,16 +91,23 @@ class Checkpoints:
             CheckpointError: if the checkpoint holds states of another structure or other settings.
             OSError: if the system does not let it be read.
         """
-        if not self._directory.is_dir():
-            return 0, states
-        for epochs in sorted(self._manager.all_steps(), reverse=True):
+        kept = _epochs(self._directory) if self._directory.is_dir() else []
+        for epochs in reversed(processes.allgather_object(kept)[0]):
+            path, problem = file_of(self._directory, epochs), None
             if epochs > at_most:
-                self._set_aside(epochs, f"only {at_most} epochs are recorded")
-                continue
-            try:
-                return epochs, self.at(epochs, states)
-            except DamagedCheckpointError as error:
-                self._set_aside(epochs, str(error))
+                problem = f"{path}: only {at_most} epochs are recorded"
+            else:
+                try:
+                    found = self.at(epochs, states)
+                except DamagedCheckpointError as error:
+                    problem = str(error)
+            problems = list(filter(None, processes.allgather_object(problem)))
+            if not problems:
+                return epochs, found
+            _set_aside(path, problems[0])
+        old = [path for path in self._directory.glob("*") if path.name.isdecimal()]
+        if old:
+            raise CheckpointError(f"{old[0]}: written by another version of bnjax; go on with it")
         return 0, states
 
     def at(self, epochs: int, states: Any) -> Any:
@@ -114,124 +120,88 @@ class Checkpoints:
             CheckpointError: if it holds states of another structure or other settings.
             OSError: if the system does not let it be read.
         """
+        path = file_of(self._directory, epochs)
         if self._latest is None or self._latest[0] != epochs:
-            with self._writing():
-                self._manager.wait_until_finished()
-            self._latest = epochs, self._read(epochs)
-        packed = self._latest[1]
-        if packed[:HEADER].view(np.uint32)[1] != self._fingerprint(states):
+            self._latest = epochs, path.read_bytes()
+        arrays, metadata = _parse(path, self._latest[1])
+        if metadata["epochs"] != str(epochs):
+            told = f"it holds the state after epoch {metadata['epochs']}"
+            raise DamagedCheckpointError(f"{path}: it is damaged ({told})")
+        wanted = _by_name(states)
+        if metadata["settings"] != self._settings or _describe(arrays) != _describe(wanted):
             raise CheckpointError(
-                f"{self._directory / str(epochs)}: of other settings or of another version of the "
-                "networks; go on with those that wrote it, or start a new run"
+                f"{path}: of other settings or of another version of the networks; go on with "
+                "those that wrote it, or start a new run"
             )
-        start = HEADER
-
-        def take(leaf: jax.Array) -> jax.Array:
-            nonlocal start
-            content = packed[start : start + leaf.nbytes].tobytes()
-            start += leaf.nbytes
-            values = np.frombuffer(content, leaf.dtype).reshape(leaf.shape)
-            return place(values, leaf.sharding)
-
-        return jax.tree.map(take, states)
-
-    def _read(self, epochs: int) -> np.ndarray:
-        import orbax.checkpoint as ocp
-
-        path = self._directory / str(epochs)
-        try:
-            kind = self._manager.item_metadata(epochs).tree
-            whole = ocp.args.StandardRestore({"state": np.zeros(0, np.uint8)})
-            saved = self._manager.restore(epochs, args=whole) if _is_vector(kind) else None
-        except MemoryError:
-            raise
-        except Exception as error:  # orbax and its file formats raise whatever they like
-            if processes.is_lost(error):
-                raise
-            code = _system_code(error)
-            if code not in (None, errno.ENOENT):
-                raise OSError(code, os.strerror(code), str(path)) from error
-            raise DamagedCheckpointError(f"it is damaged ({shorten(error)})") from error
-        if saved is None:
-            raise CheckpointError(f"{path}: written by another version of bnjax; go on with it")
-        packed = saved["state"]
-        if len(packed) < HEADER or packed[:4].view(np.uint32) != _checksum(epochs, packed):
-            raise DamagedCheckpointError("it is damaged (its checksum is wrong)")
-        return packed
-
-    def _set_aside(self, epochs: int, problem: str) -> None:
-        path = self._directory / str(epochs)
-        aside = None
-        processes.wait(f"{path} was read")
-        if processes.is_first():
-            aside = tempfile.mkdtemp(prefix=f"damaged-{epochs}-", dir=self._directory)
-            path.rename(aside)
-        aside = processes.tell_all(aside)[0]
-        self._manager.reload()
-        warnings.warn(
-            f"{path}: {problem}; an earlier state takes its place, it is now {Path(aside).name}",
-            CheckpointWarning,
-            stacklevel=3,
-        )
-
-    def _pack(self, epochs: int, states: Any) -> np.ndarray:
-        leaves = [
-            leaf.reshape(-1).view(np.uint8) for leaf in jax.tree.leaves(processes.gather(states))
-        ]
-        size = HEADER + sum(map(len, leaves))
-        spare = -size % processes.count()
-        packed = np.concatenate([np.zeros(HEADER, np.uint8), *leaves, np.zeros(spare, np.uint8)])
-        header = packed[:HEADER].view(np.uint32)
-        header[1] = self._fingerprint(states)
-        header[0] = _checksum(epochs, packed)
-        return packed
-
-    def _fingerprint(self, states: Any) -> int:
-        """A checksum of the settings and of the names, shapes and dtypes of all leaves."""
-        leaves, _ = jax.tree.flatten_with_path(states)
-        told = [(jax.tree_util.keystr(path), leaf.shape, leaf.dtype.name) for path, leaf in leaves]
-        return zlib.crc32(repr((self._settings, told)).encode())
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # as above
-            if processes.is_lost(error):
-                raise
-            code = _system_code(error)
-            reason = os.strerror(code) if code else shorten(error)
-            raise OSError(code or errno.EIO, reason, str(self._directory)) from error
-
-    @cached_property
-    def _manager(self) -> Any:
-        import orbax.checkpoint as ocp  # a third of a second, after the first epoch's line
-
-        # Made in the background, a directory that cannot be made would keep the program waiting.
-        at_once = ocp.AsyncOptions(create_directories_asynchronously=False)
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=KEEP,
-            async_options=at_once,
-            # Among processes, one may fail while others wait: nothing is left in the background.
-            enable_async_checkpointing=processes.count() == 1,
-        )
-        handler = ocp.StandardCheckpointHandler()
-        return ocp.CheckpointManager(self._directory, options=options, item_handlers=handler)
+        placed = [place(arrays[name], leaf.sharding) for name, leaf in wanted.items()]
+        return jax.tree.unflatten(jax.tree.structure(states), placed)
 
 
-def _is_vector(kind: Any) -> bool:
-    """Whether orbax says that there is one vector of bytes."""
-    if not isinstance(kind, dict) or list(kind) != ["state"]:
-        return False
-    one = kind["state"]
-    return getattr(one, "dtype", None) == np.uint8 and len(one.shape) == 1
+def _by_name(states: Any) -> dict[str, Any]:
+    """The leaves of a pytree, in its order."""
+    leaves, _ = jax.tree.flatten_with_path(states)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
 
 
-def _checksum(epochs: int, packed: np.ndarray) -> int:
-    return zlib.crc32(packed[4:].data, epochs)
+def _describe(arrays: Mapping[str, Any]) -> list[tuple[str, str, tuple[int, ...]]]:
+    return sorted((name, array.dtype.name, array.shape) for name, array in arrays.items())
 
 
-def _system_code(error: Exception) -> int | None:
-    """The system's own number of an error, which tensorstore has in its text."""
-    told = re.search(r"os_error_code='(\d+)'", str(error))
-    return int(told[1]) if told else getattr(error, "errno", None)
+def _checksum(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+    told = json.dumps([sorted(metadata.items()), _describe(arrays)])
+    digest = hashlib.sha256(told.encode())
+    for name in sorted(arrays):
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()
+
+
+def _parse(path: Path, content: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    try:
+        arrays = {
+            name: np.frombuffer(tensor["data"], _dtype(tensor["dtype"])).reshape(tensor["shape"])
+            for name, tensor in safetensors.deserialize(content)
+        }
+        length = int.from_bytes(content[:8], "little")  # of the header, which holds the metadata
+        metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise DamagedCheckpointError(f"{path}: it is damaged ({shorten(error)})") from error
+    if metadata.pop("sha256", None) != _checksum(arrays, metadata):
+        raise DamagedCheckpointError(f"{path}: it is damaged (its checksum is wrong)")
+    return arrays, metadata
+
+
+def _dtype(code: str) -> np.dtype:
+    """NumPy's dtype, bfloat16 among them, which safetensors does not read for NumPy."""
+    kind = code.rstrip("0123456789")
+    return np.dtype(KINDS[kind] + code[len(kind) :])
+
+
+def _epochs(directory: Path) -> list[int]:
+    """After how many epochs there are checkpoints."""
+    pattern = re.compile(r"epoch-(\d{3,})\.safetensors")
+    found = [pattern.fullmatch(file.name) for file in directory.iterdir()]
+    return sorted(int(one[1]) for one in found if one)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Makes the file appear whole, and removes all but the last few."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        for old in _epochs(path.parent)[:-KEEP]:
+            file_of(path.parent, old).unlink()
+    except OSError as error:  # that of writing names no file
+        raise OSError(error.errno, error.strerror, str(error.filename or path)) from error
+
+
+def _set_aside(path: Path, problem: str) -> None:
+    aside = processes.allgather_object(f"damaged-{time.time_ns()}-{path.name}")[0]
+    if processes.is_first():
+        path.rename(path.with_name(aside))
+    told = f"{problem}; an earlier state takes its place, it is now {aside}"
+    warnings.warn(told, CheckpointWarning, stacklevel=3)

@@ -1,13 +1,14 @@
 """Probes: pure functions `(model, variables, batch) -> dict of arrays` that look into a network.
 
-`model` is an `MLP`, or any module that is called as one. Vectors over layers go from the input on.
+`model` is any module called as `model.apply(variables, images, train=...)`. Its layers are those of
+`bnjax.layer_taps`; the last gives the logits, the others are hidden. Vectors over layers go from
+the input on.
 A `batch` has `[N, ...]` images; only the probes of gradients read its labels.
 `train=True` normalizes with the statistics of the batch, as a network at initialization must;
 by default the running ones are used. Nothing draws random numbers: dropout must be off in training.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +18,7 @@ from flax.traverse_util import flatten_dict
 from jax import Array
 
 from bnjax import population
-from bnjax.models import MLP
+from bnjax.layer_taps import Path, hidden, is_layer, layer_outputs
 from bnjax.training import Batch, cross_entropy, to_float, vary_with
 
 Variables = Mapping[str, Any]
@@ -26,37 +27,30 @@ Variables = Mapping[str, Any]
 def features(
     model: nn.Module, variables: Variables, batch: Batch, *, train: bool = False
 ) -> dict[str, Array]:
-    """What leaves each hidden layer's activation.
+    """What leaves each hidden layer: what the next one is given.
+
+    Dropout is looked at from before it. Pooling and reshaping between two layers count as part of
+    the first, but for the reshaping of `[N, H, W, C]` that a Dense layer needs.
 
     Returns:
-        `{"features_1": [N, H], ...}`, one entry per hidden layer, from the input on.
+        `{"features_1": [N, ...], ...}`, one entry per hidden layer, from the input on.
     """
-    (_, layers), _ = model.apply(
-        variables,
-        to_float(batch.images),
-        train=train,
-        return_features=True,
-        mutable=["batch_stats"],
-    )
-    return {f"features_{number}": layer for number, layer in enumerate(layers, start=1)}
+    leaving = [taken for _, taken in hidden(model, variables, batch.images, train)]
+    return {f"features_{number}": layer for number, layer in enumerate(leaving, start=1)}
 
 
 def preactivations(
-    model: MLP, variables: Variables, batch: Batch, *, train: bool = False
+    model: nn.Module, variables: Variables, batch: Batch, *, train: bool = False
 ) -> dict[str, Array]:
     """What enters each hidden layer's activation: normalized where the model normalizes.
 
+    Activations that are a `bnjax.models.Activation` are seen themselves. In a module without them
+    it is what leaves the layer, or the normalization that follows it.
+
     Returns:
-        `{"preactivations_1": [N, H], ...}`, one entry per hidden layer.
+        `{"preactivations_1": [N, ...], ...}`, one entry per hidden layer.
     """
-    entering: list[Array] = []
-
-    def record(x: Array) -> Array:
-        entering.append(x)
-        return model.activation(x)
-
-    recorder = model.clone(activation=record)
-    recorder.apply(variables, to_float(batch.images), train=train, mutable=["batch_stats"])
+    entering = [taken for taken, _ in hidden(model, variables, batch.images, train)]
     return {f"preactivations_{number}": layer for number, layer in enumerate(entering, start=1)}
 
 
@@ -64,52 +58,39 @@ def gradient_norms(model: nn.Module, variables: Variables, batch: Batch) -> dict
     """Frobenius norm of the gradient of the mean cross entropy in each kernel, in training mode.
 
     Returns:
-        `{"Dense_0": [], ...}`, a scalar for each layer that has a kernel, by its path.
+        `{"Dense_0": [], ...}`, a scalar for each layer, by its path.
     """
     gradients = flatten_dict(
         jax.grad(_loss(model, variables, batch))(vary_with(batch, variables["params"]))
     )
     return {
-        "/".join(path[:-1]): jnp.linalg.norm(gradient.ravel())
-        for path, gradient in gradients.items()
-        if path[-1] == "kernel"
+        "/".join(path): jnp.linalg.norm(gradients[*path, "kernel"].ravel())
+        for path in layer_outputs(model, variables, batch.images)
     }
 
 
 def backpropagated_norms(model: nn.Module, variables: Variables, batch: Batch) -> dict[str, Array]:
-    """Frobenius norm of the gradient of the mean cross entropy in what leaves each Dense layer.
+    """Frobenius norm of the gradient of the mean cross entropy in what leaves each layer.
 
     Unlike the gradient in a kernel it is not summed over examples, which may cancel or add up. In
-    training mode.
+    training mode, before normalization and activation.
 
     Returns:
-        `{"Dense_0": [], ...}`, a scalar for each Dense layer, by its path; the norm of `[N, H]`.
+        `{"Dense_0": [], ...}`, a scalar for each layer, by its path; the norm of `[N, ...]`.
     """
-    _, taps = jax.eval_shape(
-        partial(
-            model.apply,
-            train=True,
-            capture_intermediates=lambda module, _: isinstance(module, nn.Dense),
-            mutable=["batch_stats", "intermediates"],
-        ),
-        variables,
-        to_float(batch.images),
-    )
-    outputs = {path[:-1]: taken for path, (taken,) in flatten_dict(taps["intermediates"]).items()}
 
-    def loss(shifts: dict[tuple[str, ...], Array]) -> Array:
+    def loss(shifts: dict[Path, Array]) -> Array:
         def shift(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
             y = next_fun(*args, **kwargs)
-            if isinstance(context.module, nn.Dense) and context.method_name == "__call__":
-                y = y + shifts[context.module.path]
-            return y
+            return y + shifts[context.module.path] if is_layer(context) else y
 
         with nn.intercept_methods(shift):
             return _loss(model, variables, batch)(variables["params"])
 
+    outputs = layer_outputs(model, variables, batch.images)
     shifts = {path: jnp.zeros(y.shape, y.dtype) for path, y in outputs.items()}
     gradients = jax.grad(loss)(vary_with(batch, shifts))
-    return {"/".join(path): jnp.linalg.norm(g.ravel()) for path, g in gradients.items()}
+    return {"/".join(path): jnp.linalg.norm(gradients[path].ravel()) for path in outputs}
 
 
 def landscape(
@@ -139,7 +120,7 @@ def landscape(
 
 
 def activation_percentiles(
-    model: MLP,
+    model: nn.Module,
     variables: Variables,
     batch: Batch,
     *,
@@ -161,7 +142,7 @@ def activation_percentiles(
 
 
 def saturation(
-    model: MLP,
+    model: nn.Module,
     variables: Variables,
     batch: Batch,
     *,
@@ -170,8 +151,8 @@ def saturation(
 ) -> dict[str, Array]:
     """Share of each hidden layer's values at which the activation is flat.
 
-    Flat means that its derivative is smaller than `slope`: a sigmoid beyond 4.58, tanh beyond 2.99,
-    ReLU below 0.
+    Flat means that the derivative of the model's field `activation` is smaller than `slope`: a
+    sigmoid beyond 4.58, tanh beyond 2.99, ReLU below 0.
 
     Returns:
         `{"saturation": [D]}`, from 0 to 1.
@@ -207,6 +188,7 @@ def cosine_similarity(
     """
 
     def mean_cosine(layer: Array) -> Array:
+        layer = layer.reshape(layer.shape[0], -1)
         length = jnp.linalg.norm(layer, axis=1, keepdims=True)
         units = layer / jnp.where(length == 0, 1, length)
         own = jnp.sum(units**2)
@@ -235,7 +217,7 @@ def effective_rank(
     """
 
     def rank(layer: Array) -> Array:
-        values = jnp.linalg.svd(layer, compute_uv=False)
+        values = jnp.linalg.svd(layer.reshape(layer.shape[0], -1), compute_uv=False)
         return jnp.sum(values > threshold * values[0])
 
     layers = features(model, variables, batch, train=train).values()

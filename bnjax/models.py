@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax import Array
 
-from bnjax import initializers
+from bnjax import initializers, norms
 from bnjax.functional import BatchStats, fold
-from bnjax.layers import BatchNorm, normalizes
+from bnjax.layers import normalizes
 from bnjax.names import choose
+from bnjax.norms import Norm
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
@@ -26,9 +27,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": nn.silu,
     "softplus": nn.softplus,
 }
-
-TORCH_BATCH_NORM = partial(BatchNorm, momentum=0.9, ddof=1)
-"""Batch normalization with the conventions of PyTorch's `nn.BatchNorm1d`."""
 
 
 def activation(name: str) -> Callable[[Array], Array]:
@@ -44,23 +42,33 @@ def activation(name: str) -> Callable[[Array], Array]:
     return ACTIVATIONS[choose("activation", name, ACTIVATIONS)]
 
 
-class MLP(nn.Module):
-    """Dense, batch normalization, activation, dropout, for each hidden size; then Dense.
+class Activation(nn.Module):
+    """An activation that `flax.linen.intercept_methods` can see."""
 
-    Without batch normalization the Dense layers keep their names and shapes, so that the two
-    networks can be held side by side. Normalization follows PyTorch's conventions: momentum 0.9
-    (0.1 in PyTorch's sense), epsilon 1e-5, unbiased running variance. Biases are PyTorch's.
-    Dropout is inverted, as in Srivastava et al. (2014), section 10.
+    function: Callable[[Array], Array]
+
+    def __call__(self, x: Array) -> Array:
+        """Applies the function."""
+        return self.function(x)
+
+
+class MLP(nn.Module):
+    """Dense, normalization, activation, dropout, for each hidden size; then Dense.
+
+    Whatever the normalization, the Dense layers keep their names and shapes, so that networks can
+    be held side by side. Biases are PyTorch's. Dropout is inverted, as in Srivastava et al. (2014),
+    section 10.
 
     Attributes:
         hidden_sizes: width of each hidden layer.
         num_classes: number of logits.
-        use_batch_norm: normalize before each activation.
+        norm: what normalizes before each activation: None, a name of `bnjax.norms.NORMS`, or a
+            function `train -> module`.
         activation: what follows each hidden layer.
         kernel_init: initializer of all kernels.
         dropout_rate: share of the features of each hidden layer that training sets to 0, scaling
             the others by 1 / (1 - rate); below 1.
-        batch_norm: makes the normalization of a layer, as `bnjax.BatchNorm` does.
+        norm_after: normalize what leaves each activation instead.
 
     Example:
         >>> import jax
@@ -73,11 +81,11 @@ class MLP(nn.Module):
 
     hidden_sizes: tuple[int, ...] = (32, 32)
     num_classes: int = 10
-    use_batch_norm: bool = True
+    norm: str | Norm | None = "batch"
     activation: Callable[[Array], Array] = nn.relu
     kernel_init: nn.initializers.Initializer = initializers.torch_default
     dropout_rate: float = 0.0
-    batch_norm: Callable[..., nn.Module] = TORCH_BATCH_NORM
+    norm_after: bool = False
 
     @nn.compact
     def __call__(
@@ -90,7 +98,7 @@ class MLP(nn.Module):
             train: normalize with the batch's statistics and update the running ones (apply with
                 `mutable=["batch_stats"]`), instead of using the running ones; drop features
                 (apply with `rngs={"dropout": key}` if `dropout_rate` is not 0).
-            return_features: also return what leaves each hidden layer's activation.
+            return_features: also return what leaves each hidden layer, before dropout.
 
         Returns:
             Logits `[N, num_classes]`; with `return_features` a pair of them and a list with one
@@ -106,13 +114,21 @@ class MLP(nn.Module):
         features = []
         for size in self.hidden_sizes:
             x = self._dense(size, x)
-            if self.use_batch_norm:
-                x = self.batch_norm(use_running_average=not train)(x)
-            x = self.activation(x)
+            if not self.norm_after:
+                x = self._normalize(x, train)
+            x = Activation(self.activation)(x)
+            if self.norm_after:
+                x = self._normalize(x, train)
             features.append(x)
             x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         logits = self._dense(self.num_classes, x)
         return (logits, features) if return_features else logits
+
+    def _normalize(self, x: Array, train: bool) -> Array:
+        if self.norm is None:
+            return x
+        make = norms.norm(self.norm) if isinstance(self.norm, str) else self.norm
+        return make(train)(x)
 
     def _dense(self, size: int, x: Array) -> Array:
         bias_init = initializers.torch_default_bias(fan_in=x.shape[-1])
@@ -126,11 +142,11 @@ def fold_batch_norm(model: MLP, variables: Mapping[str, Any]) -> tuple[MLP, dict
     own epsilon, and with scale and bias where it has them.
 
     Args:
-        model: with `use_batch_norm=True`, whose layers are `bnjax.BatchNorm` or Flax's.
+        model: whose `norm` makes `bnjax.BatchNorm` or Flax's, before the activations.
         variables: its parameters and running statistics.
 
     Returns:
-        The model with `use_batch_norm=False` and its variables, `{"params": ...}`.
+        The model with `norm=None` and its variables, `{"params": ...}`.
 
     Raises:
         ValueError: if the model has no batch normalization, or the variables are not its own.
@@ -143,11 +159,13 @@ def fold_batch_norm(model: MLP, variables: Mapping[str, Any]) -> tuple[MLP, dict
         >>> model = MLP(hidden_sizes=(32, 32), num_classes=10)
         >>> variables = model.init(jax.random.key(0), jnp.zeros((2, 784)), train=True)
         >>> folded, variables = fold_batch_norm(model, variables)
-        >>> folded.use_batch_norm, sorted(variables["params"])
-        (False, ['Dense_0', 'Dense_1', 'Dense_2'])
+        >>> folded.norm, sorted(variables["params"])
+        (None, ['Dense_0', 'Dense_1', 'Dense_2'])
     """
-    if not model.use_batch_norm:
-        raise ValueError("the model has use_batch_norm=False: there is nothing to fold")
+    if model.norm is None:
+        raise ValueError("the model has norm=None: there is nothing to fold")
+    if model.norm_after:
+        raise ValueError("the model normalizes after its activations: none can be folded")
     own, norms = _initialize(model, variables)
     if len(norms) != len(model.hidden_sizes) or any(len(norm.path) > 1 for norm in norms):
         raise ValueError("the model normalizes by other layers than BatchNorm: none can be folded")
@@ -168,7 +186,7 @@ def fold_batch_norm(model: MLP, variables: Mapping[str, Any]) -> tuple[MLP, dict
             norm.epsilon,
         )
         folded[f"Dense_{k}"] = {"kernel": kernel, "bias": bias}
-    return model.clone(use_batch_norm=False), {"params": folded}
+    return model.clone(norm=None), {"params": folded}
 
 
 def _initialize(model: MLP, variables: Mapping[str, Any]) -> tuple[Any, list[nn.Module]]:

@@ -46,7 +46,7 @@ class Arm:
     optimizer: optax.GradientTransformation
 
 
-class Lane(NamedTuple):
+class Placement(NamedTuple):
     """Arms that one program trains together, and the mesh on which it does."""
 
     arms: tuple[Arm, ...]
@@ -88,40 +88,16 @@ def derive(key: Array, purpose: str, *counters: Array | int) -> Array:
     return key
 
 
-def create_states(
-    lanes: Sequence[Lane], keys: Array, images: AnyArray, *, shared_init: bool = False
-) -> States:
-    """The initial state of every arm and replicate.
-
-    Args:
-        lanes: the arms and where they live.
-        keys: `[R]`, from `replicate_keys`.
-        images: `[N, ...]`, any examples of the right shape.
-        shared_init: draw all arms from one key, so that layers of the same name, shape and
-            initializer start from the same parameters.
-    """
-
-    def create(lane: Lane) -> States:
-        return _create(lane.arms, lane.mesh, shared_init, keys, images)
-
-    if _take_turns(lanes):
-        return _merge(map(create, lanes))
-    with ThreadPoolExecutor() as pool:
-        return _merge(pool.map(create, lanes))
-
-
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _create(
     arms: tuple[Arm, ...], mesh: Mesh, shared_init: bool, keys: Array, images: AnyArray
 ) -> States:
     def create(key: Array, images: Array) -> States:
-        init_keys = {
-            arm: derive(key, "init" if shared_init else f"init {arm.name}") for arm in arms
-        }
-        return {
-            arm.name: training.create_state(arm.module, arm.optimizer, init_key, images)
-            for arm, init_key in init_keys.items()
-        }
+        def create_arm(arm: Arm) -> TrainState:
+            init_key = derive(key, "init" if shared_init else f"init {arm.name}")
+            return training.create_state(arm.module, arm.optimizer, init_key, images)
+
+        return {arm.name: create_arm(arm) for arm in arms}
 
     return map_replicates(create, mesh, (keys,), (images,))
 
@@ -130,14 +106,10 @@ def train_step(
     states: States, batch: Batch, *, axis_name: str | None = None
 ) -> tuple[States, dict[str, Metrics]]:
     """One step of every arm of one replicate on the same batch."""
-    results = {
-        name: training.train_step(state, batch, axis_name=axis_name)
-        for name, state in states.items()
-    }
-    return (
-        {name: state for name, (state, _) in results.items()},
-        {name: metrics._replace(correct=None) for name, (_, metrics) in results.items()},
-    )
+    step = partial(training.train_step, batch=batch, axis_name=axis_name)
+    results = {name: step(state) for name, state in states.items()}
+    metrics = {name: metrics._replace(correct=None) for name, (_, metrics) in results.items()}
+    return {name: state for name, (state, _) in results.items()}, metrics
 
 
 @partial(
@@ -209,99 +181,118 @@ def evaluate(states: States, examples: Batch, *, mesh: Mesh) -> dict[str, Metric
         def step(state: TrainState, batch: Batch) -> Metrics:
             return training.eval_step(state, constrain(batch, mesh, "data"))
 
-        return {
-            name: training.evaluate(state, examples, step=step) for name, state in states.items()
-        }
+        return {arm: training.evaluate(states[arm], examples, step=step) for arm in states}
 
     return map_replicates(evaluate_arms, mesh, (states,), (examples,))
 
 
-def run(
-    lanes: Sequence[Lane],
-    states: States,
-    keys: Array,
-    train: Batch,
-    test: Batch,
-    *,
-    epochs: range,
-    batch_size: int,
-    drop_last: bool = True,
-    statistics: str = "global",
-) -> Iterator[Epoch]:
-    """Trains all arms and replicates epoch by epoch and evaluates each; lanes run side by side.
+@dataclass(frozen=True)
+class Trainer:
+    """What training needs: from here on states go in and come out.
 
-    Args:
-        lanes: the arms and where they live.
-        states: from `create_states` or a checkpoint; they are donated to the first epoch.
+    Attributes:
+        placements: the arms and where they live; programs run side by side.
         keys: `[R]`, from `replicate_keys`.
         train: the training set.
         test: the test set.
-        epochs: which to run; they count from 1.
         batch_size: examples per step.
         drop_last: leave out what does not fill a batch.
         statistics: as `train_epoch` has it.
-
-    Yields:
-        One `Epoch` after the other.
+        shared_init: draw all arms from one key, so that layers of the same name, shape and
+            initializer start from the same parameters.
     """
-    if not epochs:
-        return
 
-    def prepare(lane: Lane) -> _Programs:
-        mine = _pick(states, lane)
-        data, checked = (replicate_data(batch, lane.mesh) for batch in (train, test))
+    placements: Sequence[Placement]
+    keys: Array
+    train: Batch
+    test: Batch
+    batch_size: int
+    drop_last: bool = True
+    statistics: str = "global"
+    shared_init: bool = False
+
+    @property
+    def arms(self) -> dict[str, Arm]:
+        """All arms by name."""
+        return {arm.name: arm for placement in self.placements for arm in placement.arms}
+
+    def initial_states(self) -> States:
+        """The initial state of every arm and replicate."""
+
+        def create(placement: Placement) -> States:
+            images = self.train.images[:2]
+            return _create(*placement, self.shared_init, self.keys, images)
+
+        if self._take_turns:
+            return _merge(map(create, self.placements))
+        with ThreadPoolExecutor() as pool:
+            return _merge(pool.map(create, self.placements))
+
+    def epochs(self, states: States, numbers: range) -> Iterator[Epoch]:
+        """Trains all arms and replicates epoch by epoch and evaluates each.
+
+        Args:
+            states: initial ones or those of a checkpoint; they are donated to the first epoch.
+            numbers: which epochs to run; they count from 1.
+
+        Yields:
+            One `Epoch` after the other.
+        """
+        if not numbers:
+            return
+        with ThreadPoolExecutor() as pool:
+            programs = list(pool.map(partial(self._compile, states), self.placements))
+
+        def start_all(calls: Iterator[T]) -> list[T]:
+            return [jax.block_until_ready(x) if self._take_turns else x for x in calls]
+
+        for number in numbers:
+            start = time.perf_counter()
+            picked = ((p, _pick(states, p.placement)) for p in programs)
+            results = start_all(p.train_epoch(s, self.keys, number, p.data[0]) for p, s in picked)
+            jax.block_until_ready(results)
+            seconds = time.perf_counter() - start
+            states = _merge(new for new, _ in results)
+            steps = _merge(metrics for _, metrics in results)
+            checks = [
+                start_all(p.evaluate[k](_pick(states, p.placement), p.data[k]) for p in programs)
+                for k in range(2)
+            ]
+            on_train, on_test = map(_merge, checks)
+            yield Epoch(number, states, steps, on_train, on_test, seconds)
+
+    def _compile(self, states: States, placement: Placement) -> "_Programs":
+        mine, mesh = _pick(states, placement), placement.mesh
+        data = [replicate_data(batch, mesh) for batch in (self.train, self.test)]
         step = train_epoch.lower(
             mine,
-            keys,
+            self.keys,
             1,
-            data,
-            batch_size=batch_size,
-            drop_last=drop_last,
-            mesh=lane.mesh,
-            statistics=statistics,
+            data[0],
+            batch_size=self.batch_size,
+            drop_last=self.drop_last,
+            mesh=mesh,
+            statistics=self.statistics,
         )
-        on_train, on_test = (evaluate.lower(mine, b, mesh=lane.mesh) for b in (data, checked))
-        return _Programs(lane, data, checked, step.compile(), on_train.compile(), on_test.compile())
+        checks = [evaluate.lower(mine, batch, mesh=mesh).compile() for batch in data]
+        return _Programs(placement, data, step.compile(), checks)
 
-    with ThreadPoolExecutor() as pool:
-        programs = list(pool.map(prepare, lanes))
-
-    turns = _take_turns(lanes)
-
-    def start_all(calls: Iterator[T]) -> list[T]:
-        return [jax.block_until_ready(result) if turns else result for result in calls]
-
-    for number in epochs:
-        start = time.perf_counter()
-        results = start_all(
-            p.train_epoch(_pick(states, p.lane), keys, number, p.train) for p in programs
-        )
-        jax.block_until_ready(results)
-        seconds = time.perf_counter() - start
-        states = _merge(new for new, _ in results)
-        on_train = start_all(p.evaluate_train(_pick(states, p.lane), p.train) for p in programs)
-        on_test = start_all(p.evaluate_test(_pick(states, p.lane), p.test) for p in programs)
-        steps = _merge(metrics for _, metrics in results)
-        yield Epoch(number, states, steps, _merge(on_train), _merge(on_test), seconds)
-
-
-def _take_turns(lanes: Sequence[Lane]) -> bool:
-    """Whether programs that communicate would meet on the same devices, and wait for each other."""
-    meshes = {lane.mesh for lane in lanes}
-    return len(lanes) > len(meshes) and any(mesh.size > 1 for mesh in meshes)
+    @property
+    def _take_turns(self) -> bool:
+        """Whether programs that communicate would meet on devices, and wait for each other."""
+        meshes = {placement.mesh for placement in self.placements}
+        return len(self.placements) > len(meshes) and any(mesh.size > 1 for mesh in meshes)
 
 
 class _Programs(NamedTuple):
-    lane: Lane
-    train: Batch
-    test: Batch
+    placement: Placement
+    data: list[Batch]  # to train on, and to test on
     train_epoch: Compiled
-    evaluate_train: Compiled
-    evaluate_test: Compiled
+    evaluate: list[Compiled]  # on each of them
 
 
-def _pick(states: States, lane: Lane) -> States:
-    return {arm.name: states[arm.name] for arm in lane.arms}
+def _pick(states: States, placement: Placement) -> States:
+    return {arm.name: states[arm.name] for arm in placement.arms}
 
 
 def _merge(parts: Iterable[dict[str, T]]) -> dict[str, T]:

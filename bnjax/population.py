@@ -166,7 +166,9 @@ def _replace(
             "layer_by_layer reads the batches once for each layer, found an iterator, which ends "
             "after the first: pass a list"
         )
-    passes = (layer_by_layer and _paths(module, variables, batches)) or [None]
+    first = [_images(batch) for batch in islice(batches, 1)] if layer_by_layer else []
+    paths = [path for images in first for path in layer_paths(module, variables, images)]
+    passes: list[Path | None] = [*paths] or [None]
     for path in passes:
         measure = _compile(module, path)
         found = [measure(variables, _images(batch)) for batch in batches]
@@ -182,20 +184,17 @@ def _replace(
     return variables
 
 
-def _paths(
-    module: nn.Module, variables: Variables, batches: Iterable[AnyArray]
-) -> list[Path | None]:
-    """The layers that normalize, from the input on."""
-    paths: list[Path | None] = []
+def layer_paths(module: nn.Module, variables: Variables, images: AnyArray) -> list[Path]:
+    """The paths of the layers that normalize `[N, ...]` images, from the input on."""
+    paths: list[Path] = []
 
     def note(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         if normalizes(context) and context.module.path not in paths:
             paths.append(context.module.path)
         return next_fun(*args, **kwargs)
 
-    for batch in islice(batches, 1):
-        with nn.intercept_methods(note):
-            jax.eval_shape(partial(module.apply, train=False), variables, _images(batch))
+    with nn.intercept_methods(note):
+        jax.eval_shape(partial(module.apply, train=False), variables, to_float(images))
     return paths
 
 

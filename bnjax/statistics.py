@@ -29,9 +29,9 @@ class Difference(NamedTuple):
 
     Attributes:
         mean, sd, interval, n: as in `Summary`, of first minus second.
-        favour: number of pairs whose first member is the better one.
+        wins: number of pairs whose first member is the better one.
         ties: number of pairs with equal members.
-        sign_test: two-sided p-value of the sign test: how probable a majority at least as large is
+        p: two-sided p-value of the sign test: how probable a majority at least as large is
             if either member of an untied pair were the better one by the toss of a coin. None
             where all pairs are tied.
     """
@@ -40,9 +40,9 @@ class Difference(NamedTuple):
     sd: float | None
     interval: tuple[float, float] | None
     n: int
-    favour: int
+    wins: int
     ties: int
-    sign_test: float | None
+    p: float | None
 
 
 def summarize(values: ArrayLike) -> Summary:
@@ -91,15 +91,15 @@ def paired_difference(
         raise ValueError(f"no pairs: {np.shape(first)} values against {np.shape(second)}")
     with np.errstate(invalid="ignore"):  # infinity minus infinity is left out
         difference = _finite(np.subtract(first, second, dtype=np.float64))
-    favour = int(np.sum(difference < 0 if lower_is_better else difference > 0))
+    wins = int(np.sum(difference < 0 if lower_is_better else difference > 0))
     ties = int(np.sum(difference == 0))
     untied = len(difference) - ties
-    sign_test = None
+    p = None
     if untied:
         from scipy.special import bdtr
 
-        sign_test = min(1.0, 2 * float(bdtr(min(favour, untied - favour), untied, 0.5)))
-    return Difference(*summarize(difference), favour, ties, sign_test)
+        p = min(1.0, 2 * float(bdtr(min(wins, untied - wins), untied, 0.5)))
+    return Difference(*summarize(difference), wins, ties, p)
 
 
 def _finite(values: ArrayLike) -> np.ndarray:

@@ -11,10 +11,13 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import combinations, pairwise, permutations
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from bnjax import norms
+from bnjax.layers import BatchNorm
 from bnjax.models import MLP
 
 BATCH_NORM = {
@@ -43,11 +46,12 @@ def from_torch(state_dict: Mapping[str, Any], model: MLP) -> dict[str, Any]:
 
     Args:
         state_dict: `{"0.weight": [out, in], "0.bias": [out], "1.running_mean": [C], ...}` of
-            Linear and, with `use_batch_norm`, BatchNorm1d layers, as arrays or CPU tensors. There
-            may be no bias in a Linear (it becomes 0), neither weight nor bias in a BatchNorm1d
-            (`affine=False`; they become 1 and 0), and no `num_batches_tracked` (and no `count`).
-        model: whose `hidden_sizes`, `num_classes`, `use_batch_norm` and `batch_norm` say what is
-            expected.
+            Linear and, where the model normalizes, BatchNorm1d layers, as arrays or CPU tensors.
+            There may be no bias in a Linear (it becomes 0), neither weight nor bias in a
+            BatchNorm1d (`affine=False`; they become 1 and 0), and no `num_batches_tracked` (and no
+            `count`).
+        model: whose `hidden_sizes`, `num_classes` and `norm`, a batch normalization or None, say
+            what is expected.
 
     Returns:
         `{"params": ..., "batch_stats": ...}`, copies as NumPy arrays of the dtypes they came with.
@@ -56,7 +60,7 @@ def from_torch(state_dict: Mapping[str, Any], model: MLP) -> dict[str, Any]:
         TypeError: if `state_dict` is no mapping from names; files are never opened or unpickled.
         ValueError: naming layers whose order is not known, or all missing and surplus keys and all
             wrong shapes, or, where nothing tells which layers are meant, all that were found and
-            expected; or a value that is no array of numbers.
+            expected; or a value that is no array of numbers; or a model that normalizes otherwise.
 
     Source: `torch.nn.Linear`, `torch.nn.BatchNorm1d`, section Variables of their documentation.
 
@@ -80,8 +84,11 @@ def from_torch(state_dict: Mapping[str, Any], model: MLP) -> dict[str, Any]:
         else:
             faults["surplus"].append(key)
     affine = None
-    if model.use_batch_norm:
-        norm, x = model.batch_norm(use_running_average=True), np.zeros((1, 1), np.float32)
+    if model.norm is not None:
+        make = norms.norm(model.norm) if isinstance(model.norm, str) else model.norm
+        norm, x = make(False), np.zeros((1, 1), np.float32)
+        if not isinstance(norm, BatchNorm | nn.BatchNorm):
+            raise ValueError(f"the model normalizes by {type(norm).__name__}: expected BatchNorm")
         affine = jax.eval_shape(lambda: norm.init(jax.random.key(0), x)).get("params", {})
     slots = _slots((*model.hidden_sizes, model.num_classes), affine)
     matched = dict(zip(_match(layers, slots), slots.values(), strict=True))

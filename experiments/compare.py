@@ -2,31 +2,31 @@
 
     python -m experiments.compare runs/first runs/second --out runs/compared
 
-The first run is what the others are held against. It leaves compare.html, which needs no
-network, compare.svg and compare.json.
+The first run is what the others are held against, in the arms that both have. It leaves
+compare.html, which needs no network, compare.svg and compare.json.
 """
 
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
-import numpy as np
 import tyro
 from rich.console import Console
 
-from bnjax.statistics import paired_difference
 from experiments.lab import exits, metrics, options, rundir
-from experiments.lab.console import SHOWN, TITLES, format_certainty, format_summary, print_plain
-from experiments.lab.presets import Experiment
+from experiments.lab.console import SHOWN, format_certainty, format_summary, print_plain
+from experiments.lab.run import Run
 
 PROG = "python -m experiments.compare"
 
+Runs = Mapping[str, Run]  # by name; the first is what the others are held against
+
 
 @dataclass(frozen=True)
-class Settings:
+class CompareConfig:
     """What is compared."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN RUN ...")]
@@ -41,29 +41,19 @@ class Settings:
             raise ValueError("expected two runs or more to compare, each of them once")
 
 
-class Run(NamedTuple):
-    """What a run saved, `curves` as `metrics.curves` has them."""
-
-    name: str
-    config: dict[str, Any]
-    curves: dict[str, dict[str, np.ndarray]]
-    summary: dict[str, Any]
-
-
 def read(path: Path) -> Run:
     """A run, ended or not.
 
     Raises:
         ValueError: if it is none, is damaged, or has no epoch yet.
     """
-    config, lines = rundir.read_config(path), metrics.read(path)
-    if not lines:
-        raise ValueError(f"{path} is no run of experiments.mnist_bn, or has no epoch yet")
-    Experiment.load(config["experiment"])
-    return Run(path.name, config, metrics.curves(lines), metrics.summarize(lines))
+    run = Run(path)
+    if not run.epochs:
+        raise ValueError(f"{path} has no epoch yet: let it run, or leave it out")
+    return run
 
 
-def differences(compared: Sequence[Run]) -> dict[str, list[Any]]:
+def differences(compared: Runs) -> dict[str, list[Any]]:
     """The settings, data and versions that differ, `{name: [value of each run]}`."""
     told = [
         {
@@ -72,7 +62,7 @@ def differences(compared: Sequence[Run]) -> dict[str, list[Any]]:
             **{f"{name} version": v for name, v in run.config["versions"].items()},
             "git_commit": run.config.get("git_commit"),
         }
-        for run in compared
+        for run in compared.values()
     ]
     names = list(dict.fromkeys(name for one in told for name in one))
     rows = {name: [one.get(name) for one in told] for name in names}
@@ -80,70 +70,75 @@ def differences(compared: Sequence[Run]) -> dict[str, list[Any]]:
 
 
 def pair(first: Run, other: Run) -> dict[str, dict[str, Any]] | None:
-    """Other minus first after the last epoch that both have.
+    """Other minus first after the last epoch that both have, for what both have.
 
     Replicate k of both was drawn from the same key, and saw the same batches if they are of one
     size, where seed and data are the same; otherwise there are no pairs, and None is returned.
 
     Returns:
-        `{arm: {metric: difference}}`, and under `difference` that of with BN minus without.
+        `{arm: {metric: difference}}`, and as `{arm minus reference: ...}` how much more an arm is
+        worth, for each that is held against the same reference in both.
     """
-    seeds = [
-        (r.config["experiment"]["seed"], r.config["dataset"]["sha256"]) for r in (first, other)
-    ]
-    if seeds[0] != seeds[1]:
+    if _origin(first) != _origin(other):
         return None
-    ours, others = (run.curves[metrics.ARMS[0]][metrics.METRICS[0]].shape for run in (first, other))
-    epoch, count = min(ours[0], others[0]) - 1, min(ours[1], others[1])
+    epoch = min(first.epochs, other.epochs) - 1
+    count = min(first.experiment.replicates, other.experiment.replicates)
 
-    def values(run: Run, name: str) -> dict[str, np.ndarray]:
-        arms = {arm: run.curves[arm][name][epoch, :count] for arm in metrics.ARMS}
-        return {**arms, "difference": arms["bn"] - arms["no_bn"]}
+    def final(run: Run, arm: str) -> dict[str, Any]:
+        return {name: run.metrics[arm][name][epoch, :count] for name in SHOWN}
 
-    return {
-        arm: {
-            name: paired_difference(
-                values(other, name)[arm],
-                values(first, name)[arm],
-                lower_is_better=not name.endswith("accuracy"),
-            )._asdict()
-            for name in SHOWN
+    def worth(run: Run, arm: str) -> dict[str, Any]:
+        own, reference = final(run, arm), final(run, run.reference)
+        return {name: own[name] - reference[name] for name in SHOWN}
+
+    arms = [arm for arm in first.arms if arm in other.arms]
+    held = [arm for arm in first.others if arm in other.others]
+    sides = {arm: (final(other, arm), final(first, arm)) for arm in arms}
+    if first.reference == other.reference:
+        sides |= {
+            f"{arm} minus {first.reference}": (worth(other, arm), worth(first, arm)) for arm in held
         }
-        for arm in (*metrics.ARMS, "difference")
+    return {
+        name: {metric: metrics.difference(metric, *both) for metric in SHOWN}
+        for name, both in sides.items()
     }
 
 
-def write(path: Path, compared: Sequence[Run]) -> None:
+def _origin(run: Run) -> tuple[int, str]:
+    return run.experiment.seed, run.config["dataset"]["sha256"]
+
+
+def write(path: Path, compared: Runs) -> None:
     """Writes the numbers, the picture and the page into a directory."""
     different = differences(compared)
-    paired = {run.name: pair(compared[0], run) for run in compared[1:]}
+    summaries = {
+        name: metrics.summarize(run.metrics, run.reference) for name, run in compared.items()
+    }
+    first, *others = compared
+    paired = {name: pair(compared[first], compared[name]) for name in others}
     path.mkdir(parents=True, exist_ok=True)
-    rundir.write_json(
-        path / "compare.json",
-        {
-            "runs": {run.name: run.summary for run in compared},
-            "differences": different,
-            "paired": paired,
-        },
-    )
+    content = {"runs": summaries, "differences": different, "paired": paired}
+    rundir.write_json(path / "compare.json", content)
     from experiments.report import figures  # matplotlib may fail, the numbers are there
     from experiments.report.page import render, svg_uri
 
-    picture = figures.to_svg(figures.overlay({run.name: run.curves for run in compared}))
+    drawn = {name: (run.metrics, run.labels) for name, run in compared.items()}
+    picture = figures.to_svg(figures.overlay(drawn))
     rundir.write_bytes(path / "compare.svg", picture)
+    titles = {arm: title for run in compared.values() for arm, title in run.titles.items()}
     page = render(
         "compare.html.j2",
-        arms=metrics.ARMS,
-        replaced=any(rundir.is_replaced(run.config) for run in compared),
+        replaced=any(rundir.is_replaced(run.config) for run in compared.values()),
         certainty=format_certainty,
-        commands={run.name: options.repeat(run.config) for run in compared},
+        commands={name: options.repeat(run.config) for name, run in compared.items()},
         curves=svg_uri(picture),
         different=different,
         format=format_summary,
         paired=paired,
         runs=compared,
         shown=list(SHOWN),
-        titles={**TITLES, "difference": "difference"},
+        summaries=summaries,
+        titles=titles,
     )
     rundir.write_bytes(path / "compare.html", page.encode(errors="replace"))
 
@@ -156,18 +151,15 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
-    settings = tyro.cli(Settings, args=arguments, prog=PROG, description=__doc__)
+    settings = tyro.cli(CompareConfig, args=arguments, prog=PROG, description=__doc__)
     console = Console()
 
-    def command(check: Callable[[], None]) -> int:
-        with exits.mistakes():
+    def command(raise_if_stopped: Callable[[], None]) -> int:
+        with exits.user_errors():
             out = rundir.expand(settings.out)
             rundir.check_free(out)
             paths = [rundir.expand(path).resolve() for path in settings.runs]
-            compared = [
-                read(path)._replace(name=name)
-                for path, name in zip(paths, _names(paths), strict=True)
-            ]
+            compared = {name: read(path) for path, name in zip(paths, _names(paths), strict=True)}
         told = "the comparison could not be drawn"
         with exits.optional(console, told, f"its numbers are in {out / 'compare.json'}"):
             write(out, compared)

@@ -19,9 +19,8 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import tyro
@@ -40,7 +39,6 @@ from experiments.lab.presets import MAX_SEED, PRESETS, Experiment
 
 FEWEST = 512
 MAX_REPLICATES = 10_000
-PART = ("seconds", "result")
 PROG = "python -m experiments.reproduce"
 
 
@@ -87,10 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path: Path | None = None
     options = tyro.cli(Options, args=arguments, prog=PROG, description=__doc__)
 
-    def command(check: Callable[[], None]) -> int:
+    def command(raise_if_stopped: Callable[[], None]) -> int:
         nonlocal path
         with contextlib.ExitStack() as stack:
-            with exits.mistakes():
+            with exits.user_errors():
                 claims = load_claims()
                 if not options.claims:
                     console.print(verdicts.listing(claims.values()))
@@ -100,17 +98,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 dataset = load_data(options.dataset, options.data_dir, console)
                 check_data(dataset)
                 if cache := data.cache_directory():
-                    devices.cache_programs(cache / "programs")
-                devices.open_cpus()
+                    devices.enable_compilation_cache(cache / "programs")
+                devices.set_cpu_devices()
                 jax.config.update("jax_default_matmul_precision", Experiment.matmul_precision)
                 path = rundir.expand(options.out or rundir.default_path("reproduce", dataset.name))
                 settings = {
                     name: getattr(options, name) for name in ("quick", "replicates", "seed")
                 }
                 described = describe(settings, dataset, options.dataset, options.data_dir)
-                stack.enter_context(rundir.occupied(path, *described))
+                stack.enter_context(rundir.claim_directory(path, *described))
             print_plain(console, f"directory: {path}")
-            run([claims[name] for name in names], options, dataset, path, console, check)
+            run([claims[name] for name in names], options, dataset, path, console, raise_if_stopped)
             if (path / "report.html").exists():
                 print_plain(console, f"report: {path / 'report.html'}")
         return 0
@@ -128,7 +126,7 @@ def check_data(dataset: Dataset) -> None:
     if found < FEWEST:
         raise ValueError(f"{dataset.name} has {found} training images: claims need {FEWEST}")
     for preset in PRESETS.values():
-        preset().check_against(dataset)
+        preset.check_against(dataset)
 
 
 def run(
@@ -137,7 +135,7 @@ def run(
     dataset: Dataset,
     path: Path,
     console: Console,
-    check: Callable[[], None],
+    raise_if_stopped: Callable[[], None],
 ) -> None:
     """Runs what is not done yet, prints a line for each claim, and keeps the page up to date.
 
@@ -147,7 +145,7 @@ def run(
         dataset: on what.
         path: where the results go.
         console: where to show them.
-        check: called after each part of a claim; raises if the run is to stop.
+        raise_if_stopped: called after each claim.
     """
     costs = {claim.id: claim.seconds[0 if options.quick else 1] for claim in claims}
     left = [claim for claim in claims if not (path / claim.id / verdicts.EVIDENCE).exists()]
@@ -167,31 +165,23 @@ def run(
         transient=True,
     )
     task = bar.add_task("", total=total)
-
-    def advance(claim: Claim, share: float) -> None:
-        bar.advance(task, share * costs[claim.id])
-        bar.update(task, description=f"{claim.id}{_time_left(bar.tasks[task], begin)}")
-        check()
-
+    settings = Settings(dataset, options.quick, options.replicates, options.seed)
     with bar:
         for claim in claims:
             done = ""
             if claim in left:
-                whole = bar.tasks[task].completed + costs[claim.id]
-                advance(claim, 0.0)
-                parts = path / claim.id / "parts"
-                each = partial(_each, parts, partial(advance, claim))
-                settings = Settings(dataset, options.quick, options.replicates, options.seed, each)
-                start = time.perf_counter() - _seconds_before(parts)
+                bar.update(task, description=f"{claim.id}{_time_left(bar.tasks[task], begin)}")
+                start = time.perf_counter()
                 evidence = claim.run(settings)
                 verdicts.save(path, claim, evidence, time.perf_counter() - start)
-                bar.update(task, completed=whole)
+                bar.advance(task, costs[claim.id])
                 jax.clear_caches()  # the next claim compiles programs of its own
                 done = _time_left(bar.tasks[task], begin)
             print_plain(console, verdicts.format_line(claim, path) + done)
             then = "the same command with --out tries again"
             with exits.optional(console, "the report could not be drawn", then):
                 verdicts.write_page(path, shlex.join(_words(options, None)))
+            raise_if_stopped()
 
 
 def _time_left(task: Task, begin: float) -> str:
@@ -199,32 +189,6 @@ def _time_left(task: Task, begin: float) -> str:
     left = (task.total or 0) - task.completed
     pace = (time.perf_counter() - begin) / task.completed if task.completed > left / 20 else 1.0
     return f"; about {verdicts.format_seconds(pace * left)} left" if left > 0.5 else ""
-
-
-def _each(
-    directory: Path,
-    advance: Callable[[float], None],
-    parts: Sequence[str],
-    compute: Callable[[str], Any],
-) -> dict[str, Any]:
-    """`{part: compute(part)}`, where results that are in the directory already are read."""
-    results = {}
-    directory.mkdir(parents=True, exist_ok=True)
-    for part in parts:
-        file = directory / f"{part.replace(' ', '-')}.json"
-        if not file.exists():
-            start = time.perf_counter()
-            result = rundir.null_for_nan(compute(part))
-            seconds = time.perf_counter() - start
-            rundir.write_json(file, dict(zip(PART, (seconds, result), strict=True)))
-        results[part] = rundir.nan_for_null(rundir.read_object(file, PART)["result"])
-        advance(1 / len(parts))
-    return results
-
-
-def _seconds_before(directory: Path) -> float:
-    """What the parts took that an earlier start has done."""
-    return sum(rundir.read_object(file, PART)["seconds"] for file in directory.glob("*.json"))
 
 
 def _words(options: Options, path: Path | None) -> list[str]:

@@ -1,8 +1,8 @@
-"""What batch normalization is worth over a grid of settings, as heat maps.
+"""What each arm is worth over a grid of settings, as heat maps.
 
     python -m experiments.sweep --learning-rate 1e-4 1e-3 1e-2 --batch-size 32 256 --out DIR
 
-Every cell is a paired run of several replicates. Cells that differ in the learning rate alone are
+Every cell is a run of several replicates. Cells that differ in the learning rate alone are
 trained by one program. It leaves sweep.html, which needs no network, sweep.svg and sweep.json; a
 sweep that was stopped goes on with the same command.
 Exit status: 0 success; 2 a mistake in the command, the settings or the data; 130 after Ctrl-C,
@@ -12,38 +12,31 @@ Exit status: 0 success; 2 a mistake in the command, the settings or the data; 13
 import contextlib
 import dataclasses
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 import tyro
 from rich.console import Console
 
-from bnjax import data, paired
+from bnjax import data
 from bnjax.data import Dataset
 from bnjax.errors import CheckpointError
 from bnjax.names import choose
-from bnjax.paired import Arm, States
-from bnjax.statistics import paired_difference, summarize
-from bnjax.training import Batch
-from experiments import mnist_bn
-from experiments.lab import devices, exits, grids, metrics, rundir
-from experiments.lab.console import SHOWN, TITLES, format_summary, print_plain
+from experiments.lab import arms, devices, exits, rundir
+from experiments.lab.cells import CellResult, SweepCell, summarize_cell, train
+from experiments.lab.console import format_summary, print_plain
 from experiments.lab.options import flags
-from experiments.lab.plan import check_memory, describe, load_data, make_arms
+from experiments.lab.plan import check_memory, describe, load_data
 from experiments.lab.presets import PRESETS, Experiment
 
 PROG = "python -m experiments.sweep"
-ADAM = optax.inject_hyperparams(optax.adam)(learning_rate=1.0)
 
 
 @dataclass(frozen=True)
-class Settings:
+class SweepConfig:
     """The grid; an axis that is not given has the preset's value alone."""
 
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
@@ -57,6 +50,12 @@ class Settings:
 
     activation: tuple[str, ...] = ()
     """Of the hidden layers."""
+
+    arms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")] = ("bn", "no_bn")
+    """Networks to compare, as of experiments.mnist_bn."""
+
+    reference: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """The arm that the others are held against; by default no_bn where it runs, else the first."""
 
     preset: Annotated[str, tyro.conf.arg(metavar="|".join(PRESETS))] = "boostcourse"
     """Everything else."""
@@ -74,7 +73,7 @@ class Settings:
     """Leave out the last, smaller batch of an epoch."""
 
     replicates: int = 3
-    """Independent pairs of networks in each cell."""
+    """Independent repetitions in each cell."""
 
     seed: int = 0
     """Decides everything random."""
@@ -89,15 +88,17 @@ class Settings:
 
     def groups(self) -> list[list[Experiment]]:
         """The experiments of the grid; those that differ in the learning rate alone together."""
-        preset = PRESETS[self.preset]()
+        preset = PRESETS[self.preset]
         base = dataclasses.replace(
             preset,
+            arms=self.arms,
+            reference=self.reference,
             dataset=self.dataset,
             epochs=preset.epochs if self.epochs is None else self.epochs,
             drop_last=preset.drop_last or self.drop_last,
             replicates=self.replicates,
             seed=self.seed,
-        )
+        ).resolved()
         return [
             [
                 dataclasses.replace(
@@ -117,154 +118,92 @@ class Settings:
             for name in ("learning_rate", "batch_size", "activation")
         }
         first = experiments[0]
-        names = ("preset", "epochs", "drop_last", "replicates", "seed")
-        return {**axes, **{name: getattr(first, name) for name in names}}
-
-
-class Cell(NamedTuple):
-    """One setting, and its metrics after the last epoch: `{arm: {metric: [R]}}`."""
-
-    activation: str
-    batch_size: int
-    learning_rate: float
-    values: dict[str, dict[str, list[float]]]
-
-
-def train(group: Sequence[Experiment], dataset: Dataset) -> list[Cell]:
-    """The cells of experiments that differ in the learning rate alone, by one program."""
-    first, count = group[0], group[0].replicates
-    rates = np.repeat([one.learning_rate for one in group], count).astype(np.float32)
-
-    def change(states: States) -> States:
-        return {name: grids.with_rates(state, rates) for name, state in states.items()}
-
-    epochs = grids.train(
-        [Arm(arm.name, arm.module, ADAM) for arm in make_arms(first)],
-        jnp.tile(paired.replicate_keys(first.seed, count), len(group)),
-        Batch(dataset.train_images, dataset.train_labels),
-        Batch(dataset.test_images, dataset.test_labels),
-        epochs=first.epochs,
-        batch_size=first.batch_size,
-        drop_last=first.drop_last,
-        change=change,
-    )
-    curves = metrics.curves(line for epoch in epochs for line in mnist_bn.metric_lines(epoch))
-    last = {
-        arm: {name: curves[arm][name][-1].reshape(len(group), count) for name in SHOWN}
-        for arm in metrics.ARMS
-    }
-    return [
-        Cell(
-            one.activation,
-            one.batch_size,
-            one.learning_rate,
-            {arm: {name: last[arm][name][k].tolist() for name in SHOWN} for arm in metrics.ARMS},
-        )
-        for k, one in enumerate(group)
-    ]
-
-
-class Worth(NamedTuple):
-    """What a cell says of test accuracy.
-
-    Attributes:
-        arms: of each arm its summary over the replicates in which it is finite.
-        difference: with batch normalization minus without, where both are.
-        told: the difference in words, or which network diverged.
-    """
-
-    arms: dict[str, dict[str, Any]]
-    difference: dict[str, Any]
-    told: str
-
-
-def weigh(cell: Cell) -> Worth:
-    """What batch normalization is worth in a cell."""
-    values = {arm: cell.values[arm]["test_accuracy"] for arm in metrics.ARMS}
-    arms = {arm: summarize(of_arm)._asdict() for arm, of_arm in values.items()}
-    first, second = values.values()
-    difference = paired_difference(first, second, lower_is_better=False)._asdict()
-    told = format_summary("test_accuracy", difference, difference=True)
-    if not difference["n"]:
-        lost = [metrics.LABELS[arm] for arm in metrics.ARMS if not arms[arm]["n"]]
-        told = f"{lost[0] if len(lost) == 1 else 'both'} diverged"
-    return Worth(arms, difference, told)
+        names = ("arms", "reference", "preset", "epochs", "drop_last", "replicates", "seed")
+        rest = {name: getattr(first, name) for name in names}
+        return {**axes, **rest, "arms": list(first.arms)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     console = Console()
-    settings = tyro.cli(Settings, args=arguments, prog=PROG, description=__doc__)
+    settings = tyro.cli(SweepConfig, args=arguments, prog=PROG, description=__doc__)
     path = rundir.expand(settings.out)
     started = False
 
-    def command(check: Callable[[], None]) -> int:
+    def command(raise_if_stopped: Callable[[], None]) -> int:
         nonlocal settings, started
         with contextlib.ExitStack() as stack:
-            with exits.mistakes():
+            with exits.user_errors():
                 dataset = load_data(settings.dataset, settings.data_dir, console)
                 requested = settings.dataset
                 settings = dataclasses.replace(settings, dataset=dataset.name)
-                devices.open_cpus()
+                devices.set_cpu_devices()
                 for group in settings.groups():
                     check_group(group, dataset)
                 if cache := data.cache_directory():
-                    devices.cache_programs(cache / "programs")
+                    devices.enable_compilation_cache(cache / "programs")
                 jax.config.update("jax_default_matmul_precision", Experiment.matmul_precision)
                 described = describe(settings.resolved(), dataset, requested, settings.data_dir)
-                stack.enter_context(rundir.occupied(path, *described))
+                stack.enter_context(rundir.claim_directory(path, *described))
                 started = True
-            cells: list[Cell] = []
+            specs = {spec.name: spec for spec in arms.choose(group[0])}
+            labels = {arm: spec.label for arm, spec in specs.items()}
+            reference = str(group[0].reference)
+            rows: list[tuple[SweepCell, CellResult]] = []
             for group in settings.groups():
-                cells += _train_once(path, group, dataset, console)
-                check()
-            rows = [(cell, weigh(cell)) for cell in cells]
-            content = [{**cell._asdict(), "benefit": worth.difference} for cell, worth in rows]
+                for cell in _train_once(path, group, dataset):
+                    rows.append((cell, summarize_cell(cell, reference, labels)))
+                    print_plain(console, f"{_name(cell)}: {_tell(rows[-1][1], labels)}")
+                raise_if_stopped()
+            content = [
+                {**cell._asdict(), "differences": found.differences, "best": found.best}
+                for cell, found in rows
+            ]
             rundir.write_json(path / "sweep.json", {"cells": rundir.null_for_nan(content)})
             then = "the same command tries again"
             with exits.optional(console, "the report could not be drawn", then):
-                _draw(path, settings, rows)
+                _draw(path, settings, rows, specs, reference)
                 print_plain(console, f"report: {path / 'sweep.html'}")
         return 0
 
     return exits.run(command, lambda: _words(settings) if started else [])
 
 
+def _name(cell: SweepCell) -> str:
+    return f"{cell.activation}, batches of {cell.batch_size}, learning rate {cell.learning_rate:g}"
+
+
+def _tell(found: CellResult, labels: Mapping[str, str]) -> str:
+    if len(found.told) == 1:
+        return "".join(found.told.values())
+    told = "".join(f"{labels[arm]} {text}, " for arm, text in found.told.items())
+    return f"{told}best: {' and '.join(labels[arm] for arm in found.best) or 'none'}"
+
+
 def check_group(group: Sequence[Experiment], dataset: Dataset) -> None:
-    """Refuses cells that the data or the memory are too small for.
+    """Refuses cells that the data or the memory are too small for, and arms that cannot be.
 
     Raises:
-        ValueError: what is too small.
+        ValueError: what does not fit.
     """
+    made = arms.make_arms(group[0])
     group[0].check_against(dataset)
+    arms.check_sizes(group[0], len(dataset.train_labels))
     count = len(group) * group[0].replicates
-    memory = devices.memory(devices.make_lanes(make_arms(group[0]), "auto", count))
-    check_memory(dataclasses.replace(group[0], replicates=count), memory)
+    memory = devices.memory(devices.make_placements(made, "auto", count))
+    check_memory(made, count, dataset.train_images, memory)
 
 
-def _train_once(
-    path: Path, group: Sequence[Experiment], dataset: Dataset, console: Console
-) -> list[Cell]:
+def _train_once(path: Path, group: Sequence[Experiment], dataset: Dataset) -> list[SweepCell]:
     """The cells of a group, read where they are there already."""
     file = path / "cells" / f"{group[0].activation}-{group[0].batch_size}.json"
     if not file.exists():
         file.parent.mkdir(exist_ok=True)
         trained = [rundir.null_for_nan(cell._asdict()) for cell in train(group, dataset)]
         rundir.write_json(file, {"cells": trained})
-    cells = _read(file, group)
-    for cell in cells:
-        print_plain(
-            console,
-            f"{cell.activation}, batches of {cell.batch_size}, learning rate "
-            f"{cell.learning_rate:g}: {weigh(cell).told}",
-        )
-    return cells
-
-
-def _read(file: Path, group: Sequence[Experiment]) -> list[Cell]:
     try:
         found = rundir.read_object(file, ["cells"])["cells"]
-        cells = [Cell(**rundir.nan_for_null(one)) for one in found]
+        cells = [SweepCell(**rundir.nan_for_null(one)) for one in found]
     except TypeError:
         cells = []
     settings = ("activation", "batch_size", "learning_rate")
@@ -275,32 +214,52 @@ def _read(file: Path, group: Sequence[Experiment]) -> list[Cell]:
     return cells
 
 
-def _draw(path: Path, settings: Settings, rows: Sequence[tuple[Cell, Worth]]) -> None:
+def _draw(
+    path: Path,
+    settings: SweepConfig,
+    rows: Sequence[tuple[SweepCell, CellResult]],
+    specs: Mapping[str, arms.ArmSpec],
+    reference: str,
+) -> None:
     from experiments.report import heat
     from experiments.report.figures import to_svg
     from experiments.report.page import render, svg_uri
 
-    pairs = [row for row in rows if row[1].difference["n"]]
-    picture = to_svg(heat.maps(rows))
+    labels = {arm: spec.label for arm, spec in specs.items()}
+    others = [arm for arm in specs if arm != reference]
+    pairs = {
+        arm: sorted(
+            (row for row in rows if row[1].differences[arm]["n"]),
+            key=lambda row: row[1].differences[arm]["mean"],
+        )
+        for arm in others
+    }
+    picture = to_svg(heat.maps(rows, {arm: labels[arm] for arm in others})) if others else b""
     rundir.write_bytes(path / "sweep.svg", picture)
     page = render(
         "sweep.html.j2",
-        arms=metrics.ARMS,
+        arms=list(specs),
         command=shlex.join(_words(settings)),
         config=rundir.read_config(path),
         format=format_summary,
-        map=svg_uri(picture),
-        pairs=sorted(pairs, key=lambda row: row[1].difference["mean"]),
+        labels=labels,
+        map=picture and svg_uri(picture),
+        name=_name,
+        others=others,
+        pairs=pairs,
+        reference=reference,
         rows=rows,
-        titles=TITLES,
+        titles={arm: spec.title or spec.label for arm, spec in specs.items()},
     )
     rundir.write_bytes(path / "sweep.html", page.encode(errors="replace"))
 
 
-def _words(settings: Settings) -> list[str]:
+def _words(settings: SweepConfig) -> list[str]:
     """The command that runs the same again."""
-    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Settings)}
-    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
+    values = {
+        field.name: getattr(settings, field.name) for field in dataclasses.fields(SweepConfig)
+    }
+    defaults = {field.name: field.default for field in dataclasses.fields(SweepConfig)}
     changed = {name: value for name, value in values.items() if value != defaults[name]}
     return [*PROG.split(), *flags(changed)]
 

@@ -14,7 +14,6 @@ Ctrl-C, 143 after SIGTERM.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,9 +27,10 @@ from rich.console import Console
 
 from bnjax import models, population, training
 from bnjax.data import Dataset
-from bnjax.training import AnyArray, Batch, TrainState
+from bnjax.training import Batch, TrainState
 from experiments.lab import exits, rundir
 from experiments.lab.console import print_plain
+from experiments.lab.grids import accuracy_of, predict
 from experiments.lab.plan import load_data
 
 PROG = "python -m experiments.train_eval_mode"
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
 
     def command(check: Callable[[], None]) -> int:
-        with exits.mistakes():
+        with exits.user_errors():
             out = settings.out and rundir.expand(settings.out)
             if out is not None:
                 rundir.check_free(out)
@@ -103,7 +103,7 @@ def lesson(dataset: Dataset, epochs: int, seed: int) -> dict[str, Any]:
     bn_key, dropout_key, call_key = jax.random.split(jax.random.key(seed), 3)
     with_bn = _train(models.MLP(), train, epochs, bn_key)
     with_dropout = _train(
-        models.MLP((32, 32), 10, False, dropout_rate=0.3), train, epochs, dropout_key
+        models.MLP((32, 32), 10, None, dropout_rate=0.3), train, epochs, dropout_key
     )
     return {
         "dataset": dataset.name,
@@ -163,37 +163,6 @@ def _train(model: models.MLP, train: Batch, epochs: int, key: Array) -> TrainSta
     return state
 
 
-@partial(jax.jit, static_argnames=("size", "train"))
-def predict(
-    state: TrainState, images: Array, size: int, *, train: bool, key: Array | None = None
-) -> Array:
-    """Classes `[n]` of the images, `size` at a time, without those that fill no group.
-
-    Args:
-        state: the network.
-        images: `[N, ...]`, taken in their order.
-        size: images in a batch.
-        train: whether to predict in training mode.
-        key: for dropout in training mode.
-    """
-    rngs = {} if key is None else {"dropout": key}
-
-    def classes(group: Array) -> Array:
-        x = training.to_float(group)
-        logits, _ = state.apply_fn(
-            state.variables, x, train=train, mutable=["batch_stats"], rngs=rngs
-        )
-        return logits.argmax(axis=1)
-
-    whole = len(images) // size * size
-    return jax.lax.map(classes, images[:whole].reshape(-1, size, *images.shape[1:])).ravel()
-
-
-def accuracy(classes: Array, labels: AnyArray) -> float:
-    """Share of the classes `[n]` that are the first n labels."""
-    return float((classes == labels[: len(classes)]).mean())
-
-
 def _dropout(state: TrainState, test: Batch, keys: Array) -> dict[str, Any]:
     count = len(test.labels)
     calls = np.stack([predict(state, test.images, count, train=True, key=key) for key in keys])
@@ -202,8 +171,8 @@ def _dropout(state: TrainState, test: Batch, keys: Array) -> dict[str, Any]:
     evaluation = predict(state, test.images, count, train=False)
     return {
         "changing": int((votes.max(axis=1) < len(keys)).sum()),
-        "training": [accuracy(classes, test.labels) for classes in calls],
-        "evaluation": accuracy(evaluation, test.labels),
+        "training": [accuracy_of(classes, test.labels) for classes in calls],
+        "evaluation": accuracy_of(evaluation, test.labels),
         "torn_label": int(test.labels[torn]),
         "torn_votes": votes[torn].tolist(),
         "torn_evaluation": int(evaluation[torn]),
@@ -223,7 +192,7 @@ def _alone(state: TrainState, test: Batch) -> dict[str, Any]:
         "evaluation": np.bincount(
             predict(state, test.images, 1, train=False), minlength=10
         ).tolist(),
-        "accuracy": accuracy(twice, test.labels),
+        "accuracy": accuracy_of(twice, test.labels),
     }
 
 
@@ -237,14 +206,14 @@ def _groups(state: TrainState, test: Batch, key: Array) -> dict[str, Any]:
         classes = predict(state, test.images, size, train=True)
         elsewhere = predict(state, test.images[order], size, train=True)
         training_mode[size] = {
-            "accuracy": accuracy(classes, test.labels),
+            "accuracy": accuracy_of(classes, test.labels),
             "changing": int((classes[order] != elsewhere).sum()),
             "of": count,
         }
     together = predict(state, test.images, len(test.labels), train=False)
     alone = predict(state, test.images, 1, train=False)
     evaluation = {
-        "accuracy": accuracy(together, test.labels),
+        "accuracy": accuracy_of(together, test.labels),
         "changing": int((together != alone).sum()),
     }
     return {"training": training_mode, "evaluation": evaluation}
@@ -263,7 +232,7 @@ def _population(state: TrainState, train: Batch, test: Batch) -> dict[str, Any]:
         renewed = state.replace(batch_stats=variables["batch_stats"])
         gaps = population.gap(variables, estimated["layer by layer"])
         found[name] = {
-            "accuracy": accuracy(predict(renewed, test.images, 1, train=False), test.labels),
+            "accuracy": accuracy_of(predict(renewed, test.images, 1, train=False), test.labels),
             "gaps": {
                 layer: {k: float(v) for k, v in g._asdict().items()} for layer, g in gaps.items()
             },

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments import mnist_bn
-from experiments.lab import metrics
+from experiments.lab import Run
 
 COSTS = ("train_cost", "train_loss", "test_loss")
 
@@ -32,12 +32,12 @@ def call(*arguments) -> Result:
 
 def lines_of(path: Path) -> list[dict]:
     """A run's metrics without `seconds`, the only one that may differ between equal runs."""
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics.read(path)]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in Run(path).lines]
 
 
 def assert_same_numbers(path: Path, expected: Path, tolerance: float = 2e-3) -> None:
     """Two runs agree but for rounding, which Adam makes larger."""
-    mine, others = metrics.read(path), metrics.read(expected)
+    mine, others = Run(path).lines, Run(expected).lines
     assert len(mine) == len(others)
     for a, b in zip(mine, others, strict=True):
         assert (a["epoch"], a["arm"], a["replicate"]) == (b["epoch"], b["arm"], b["replicate"])

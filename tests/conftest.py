@@ -1,12 +1,18 @@
-"""Strict numerics for all tests: rank promotion raises, warnings are errors (pyproject.toml)."""
+"""Strict numerics for all tests: rank promotion raises, warnings are errors (pyproject.toml).
 
+What one test has compiled, no other compiles again: tests, the processes among which they are
+dealt, and those that they start share JAX's cache of compiled programs, made anew for each suite.
+"""
+
+import os
+import tempfile
 from pathlib import Path
 
-import jax
-import pytest
-from jax.experimental.compilation_cache import compilation_cache
+PROGRAMS = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="programs-"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
-from experiments.lab import devices
+import jax  # noqa: E402  reads the environment
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -35,25 +41,18 @@ def mnist_directory() -> Path:
     return SHARED_MNIST
 
 
+@pytest.fixture(scope="session")
+def cache_home(tmp_path_factory) -> Path:
+    """A directory for `$XDG_CACHE_HOME` in which a command finds what was compiled before."""
+    home = tmp_path_factory.mktemp("cache_home")
+    (home / "bnjax").mkdir()
+    (home / "bnjax" / "programs").symlink_to(PROGRAMS, target_is_directory=True)
+    return home
+
+
 @pytest.fixture(autouse=True)
-def no_surroundings(monkeypatch, tmp_path_factory):
+def no_surroundings(monkeypatch, tmp_path_factory, cache_home):
     """Tests see neither the user's data nor the user's cache."""
     monkeypatch.delenv("BNJAX_DATA_DIR", raising=False)
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture(scope="module")
-def cache_home(tmp_path_factory):
-    """What this file compiles is compiled once, for this process and those it starts."""
-    home = tmp_path_factory.mktemp("cache_home")
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    compilation_cache.reset_cache()
-    devices.cache_programs(home / "bnjax" / "programs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(devices, "cache_programs", lambda directory: None)
-        yield home
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.getbasetemp() / "no tfds"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from bnjax.data import FILES
-from experiments.lab import metrics, probes, rundir
+from experiments.lab import arms, metrics, probes, rundir
 
 
 def line(epoch: int, arm: str, replicate: int = 0, **changes) -> dict:
@@ -16,7 +16,7 @@ def line(epoch: int, arm: str, replicate: int = 0, **changes) -> dict:
     return {**place, **values, "seconds": 0.25, **changes}
 
 
-def make_lines(epochs: int, replicates: int, seed: int = 0) -> list[dict]:
+def make_lines(epochs: int, replicates: int, seed: int = 0, arms=("bn", "no_bn")) -> list[dict]:
     rng = np.random.default_rng(seed)
     return [
         line(
@@ -24,16 +24,36 @@ def make_lines(epochs: int, replicates: int, seed: int = 0) -> list[dict]:
         )
         for epoch in range(1, epochs + 1)
         for replicate in range(replicates)
-        for arm in metrics.ARMS
+        for arm in arms
     ]
 
 
+def make_curves(
+    epochs: int, replicates: int, seed: int = 0, arms=("bn", "no_bn")
+) -> metrics.Curves:
+    return metrics.curves(make_lines(epochs, replicates, seed, arms), arms)
+
+
+def make_summary(epochs: int = 1, replicates: int = 1, seed: int = 0, arms=("bn", "no_bn")) -> dict:
+    """Against the last of the arms."""
+    return metrics.summarize(make_curves(epochs, replicates, seed, arms), arms[-1])
+
+
+def named(chosen, what: str) -> dict[str, str]:
+    """The `label` or `title` of each of these arms."""
+    return {arm: getattr(arms.find(arm), what) for arm in chosen}
+
+
 def config(experiment, requested: str = "digits") -> dict:
+    labels, titles = (named(experiment.arms, what) for what in ("label", "title"))
+    provenance = rundir.provenance()
     return {
         "experiment": dataclasses.asdict(experiment),
+        "arms": {arm: {"label": labels[arm], "title": titles[arm]} for arm in experiment.arms},
         "execution": {},
         "dataset": {"name": experiment.dataset, "requested": requested, "sha256": "0" * 64},
-        **rundir.provenance(),
+        **provenance,
+        "versions": {**provenance["versions"], "bnjax": "0.2.0"},
         "device_kind": "abacus",
         "device_count": 3,
         "process_count": 1,
@@ -47,7 +67,7 @@ def make_probes(experiment, replicates: int, seed: int = 0) -> dict[str, np.ndar
     depth = len(experiment.hidden_sizes)
     edges = np.sort(rng.normal(size=(replicates, depth, probes.BINS + 1)))
     made: dict[str, np.ndarray] = {}
-    for arm in metrics.ARMS:
+    for arm in experiment.arms:
         of_arm = {
             **{
                 f"features_{k}": rng.random((replicates, 1, size))
@@ -63,31 +83,34 @@ def make_probes(experiment, replicates: int, seed: int = 0) -> dict[str, np.ndar
 
 
 def make_end(experiment, seed: int = 0) -> dict[str, np.ndarray]:
-    """What `probes.at_end` gives, of 50 test examples."""
+    """What `probes.at_end` gives, of 50 test examples; all arms but the last normalize batches."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 10, 50).astype(np.uint8)
     guesses = {
         arm: np.where(rng.random(50) < 0.8, labels, (labels + 1) % 10).astype(np.uint8)
-        for arm in metrics.ARMS
+        for arm in experiment.arms
     }
+    right = sum((guess == labels).astype(int) for guess in guesses.values())
     made = {"labels": labels}
-    for arm, other in zip(metrics.ARMS, metrics.ARMS[::-1], strict=True):
-        only = np.flatnonzero((guesses[arm] == labels) & (guesses[other] != labels))
-        made[f"{arm}/predictions"] = guesses[arm]
+    for arm, guess in guesses.items():
+        only = np.flatnonzero((guess == labels) & (right == 1))
+        made[f"{arm}/predictions"] = guess
         made[f"only_{arm}"] = only
         made[f"images_{arm}"] = rng.integers(0, 256, (len(only), 28, 28)).astype(np.uint8)
-    for k, size in enumerate(experiment.hidden_sizes):
-        for kind in ("running", "population"):
-            made[f"{kind}/BatchNorm_{k}/mean"] = rng.normal(size=size)
-            made[f"{kind}/BatchNorm_{k}/var"] = rng.random(size) + 0.5
+    for arm in experiment.arms[:-1]:
+        for k, size in enumerate(experiment.hidden_sizes):
+            for kind in ("running", "population"):
+                made[f"{arm}/{kind}/BatchNorm_{k}/mean"] = rng.normal(size=size)
+                made[f"{arm}/{kind}/BatchNorm_{k}/var"] = rng.random(size) + 0.5
     return made
 
 
 def save_run(path: Path, experiment, replicates: int = 1, requested: str = "digits") -> list[dict]:
     """Writes all that a report needs; returns the lines of the metrics."""
-    experiment = dataclasses.replace(experiment, replicates=replicates)
+    reference = experiment.reference or experiment.arms[-1]
+    experiment = dataclasses.replace(experiment, replicates=replicates, reference=reference)
     rundir.create(path, config(experiment, requested))
-    lines = make_lines(experiment.epochs, replicates)
+    lines = make_lines(experiment.epochs, replicates, arms=experiment.arms)
     metrics.append(path, lines)
     for epoch in range(1, experiment.epochs + 1):
         file = path / "probes" / f"epoch-{epoch:03}.npz"
@@ -96,6 +119,11 @@ def save_run(path: Path, experiment, replicates: int = 1, requested: str = "digi
     example = {"image": np.zeros((28, 28), np.uint8), "label": np.int32(6)}
     rundir.write_arrays(path / "probes" / "example.npz", example)
     return lines
+
+
+def norm_of(layer):
+    """A layer that takes `use_running_average`, as `MLP` takes its normalization."""
+    return lambda train: layer(use_running_average=not train)
 
 
 def idx(array: np.ndarray) -> bytes:

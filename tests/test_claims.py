@@ -265,7 +265,7 @@ def programs(tmp_path_factory):
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     compilation_cache.reset_cache()
-    devices.cache_programs(tmp_path_factory.mktemp("programs"))
+    devices.enable_compilation_cache(tmp_path_factory.mktemp("programs"))
     yield
     for name, value in before.items():
         jax.config.update(name, value)

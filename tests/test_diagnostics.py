@@ -2,6 +2,7 @@ from functools import partial
 from itertools import combinations
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,7 +63,7 @@ def gradient_in_numpy(params, batch, step=1e-6):
 def network(name, use_batch_norm=True, hidden_sizes=(6, 5), dtype=np.float64):
     """A model, variables none of which is what it starts with, and a batch."""
     rng = np.random.default_rng(3)
-    model = MLP(hidden_sizes, 3, use_batch_norm, ACTIVATIONS[name])
+    model = MLP(hidden_sizes, 3, "batch" if use_batch_norm else None, ACTIVATIONS[name])
     images = rng.normal(size=(16, 2, 2)).astype(dtype)
     labels = rng.integers(0, 3, 16, np.int32)
     shapes = jax.eval_shape(partial(model.init, train=True), jax.random.key(0), images)
@@ -78,7 +79,7 @@ def looking_at(values, activation=jnp.positive):
     """A network with one hidden layer, whose activations take `values` `[N, H]`, and the batch."""
     values = np.asarray(values, np.float32)
     width = values.shape[1]
-    model = MLP((width,), 1, use_batch_norm=False, activation=activation)
+    model = MLP((width,), 1, norm=None, activation=activation)
     kernels = np.eye(width, dtype=np.float32), np.ones((width, 1), np.float32)
     params = {
         f"Dense_{k}": {"kernel": kernel, "bias": np.zeros(kernel.shape[1], np.float32)}
@@ -307,3 +308,55 @@ def test_compiled_in_float32_on_integer_images():
         variables = jax.tree.map(np.float64, variables)
         expected = [*look(variables, floats), gap(model, variables, floats)]
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, expected)
+
+
+class Convolutional(nn.Module):
+    """A user's own: nothing in it but Flax's layers and functions."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Conv(3, (3, 3))(x)
+        x = nn.BatchNorm(use_running_average=not train)(x)
+        x = nn.max_pool(nn.relu(x), (2, 2), (2, 2))
+        x = nn.Dense(5)(x.reshape(len(x), -1))
+        x = nn.Dropout(0.5, deterministic=True)(nn.tanh(x))
+        return nn.Dense(3)(x)
+
+
+def test_a_module_of_ones_own_is_seen_layer_by_layer():
+    model = Convolutional()
+    images = np.random.default_rng(0).normal(size=(6, 4, 4, 2)).astype(np.float32)
+    batch = Batch(images, np.arange(6, dtype=np.int32) % 3)
+    variables = model.init(jax.random.key(0), images, train=True)
+    seen = diagnostics.preactivations(model, variables, batch)
+    left = diagnostics.features(model, variables, batch)
+    assert [a.shape for a in seen.values()] == [(6, 4, 4, 3), (6, 5)]
+    assert [a.shape for a in left.values()] == [(6, 12), (6, 5)]
+    pooled = nn.max_pool(nn.relu(seen["preactivations_1"]), (2, 2), (2, 2)).reshape(6, -1)
+    np.testing.assert_array_equal(left["features_1"], pooled)
+    np.testing.assert_array_equal(left["features_2"], nn.tanh(seen["preactivations_2"]))
+    names = ["Conv_0", "Dense_0", "Dense_1"]
+    assert list(diagnostics.gradient_norms(model, variables, batch)) == names
+    norms = diagnostics.backpropagated_norms(model, variables, batch)
+    assert list(norms) == names
+    assert all(norm > 0 for norm in norms.values())
+
+
+def test_layers_come_in_the_order_of_their_calls_also_beyond_ten():
+    model, batch = MLP((4,) * 11, 3), Batch(np.ones((6, 5), np.float32), np.zeros(6, np.int32))
+    variables = model.init(jax.random.key(0), batch.images, train=True)
+    variables = jax.tree.map(lambda a: a, variables)  # as JAX returns it: keys are sorted
+    names = [f"Dense_{k}" for k in range(12)]
+    assert list(diagnostics.gradient_norms(model, variables, batch)) == names
+    assert list(diagnostics.backpropagated_norms(model, variables, batch)) == names
+
+
+def test_normalization_after_the_activation_belongs_to_what_leaves_the_layer():
+    model, batch = MLP((4, 5), 3, norm_after=True), Batch(np.eye(6, dtype=np.float32), np.zeros(6))
+    variables = model.init(jax.random.key(0), batch.images, train=True)
+    seen = diagnostics.preactivations(model, variables, batch, train=True)
+    left = diagnostics.features(model, variables, batch, train=True)
+    for entering, leaving in zip(seen.values(), left.values(), strict=True):
+        rows = np.maximum(np.asarray(entering, np.float64), 0)
+        expected = (rows - rows.mean(axis=0)) / np.sqrt(rows.var(axis=0) + 1e-5)
+        np.testing.assert_allclose(leaving, expected, rtol=1e-4, atol=1e-5)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from factories import norm_of
 
 from bnjax import divergence, models, training
 from bnjax.layers import BatchNorm
@@ -17,7 +18,7 @@ KEY, ORDER = jax.random.key(0), jax.random.key(5)
 EXAMPLES = Batch(
     jax.random.normal(KEY, (50, 6), jnp.float32), jax.random.randint(KEY, (50,), 0, 3, jnp.int32)
 )
-MODEL = models.MLP((8, 8, 8), 3, use_batch_norm=False)
+MODEL = models.MLP((8, 8, 8), 3, norm=None)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def test_names_the_first_layer_that_is_not_finite(layer, train):
 
 
 def test_running_statistics_matter_in_evaluation_only():
-    model = models.MLP((8, 8), 3, use_batch_norm=True)
+    model = models.MLP((8, 8), 3)
     fresh = training.create_state(model, optax.sgd(0.0), KEY, EXAMPLES.images)
     mean = {"mean": jnp.full(8, jnp.nan), "var": jnp.ones(8)}
     lost = fresh.replace(batch_stats={**fresh.batch_stats, "BatchNorm_1": mean})
@@ -79,7 +80,7 @@ def test_shares_that_were_normalized_on_their_own_are_again():
     ghosts = partial(BatchNorm, ddof=1, virtual_batch_size=2)
     one, other = (
         training.create_state(
-            models.MLP((4,), 10, batch_norm=norm), optax.sgd(0.1), jax.random.key(0), EXAMPLES[0]
+            models.MLP((4,), 10, norm_of(norm)), optax.sgd(0.1), jax.random.key(0), EXAMPLES[0]
         )
         for norm in (partial(BatchNorm, ddof=1), ghosts)
     )

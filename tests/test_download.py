@@ -382,7 +382,9 @@ def test_without_a_home_a_command_starts_and_keeps_no_programs(
         raise StartedError
 
     monkeypatch.setattr(command, work, start)
-    monkeypatch.setattr(devices, "cache_programs", lambda directory: pytest.fail(f"{directory}"))
+    monkeypatch.setattr(
+        devices, "enable_compilation_cache", lambda directory: pytest.fail(f"{directory}")
+    )
     with pytest.raises(StartedError):
         command.main([*arguments, "--dataset", "digits", "--out", str(tmp_path / "out")])
 

@@ -379,7 +379,7 @@ class Malicious:
         return exec, ("raise SystemExit('unpickled')",)
 
 
-MODEL = MLP(hidden_sizes=(3,), num_classes=2, use_batch_norm=True)
+MODEL = MLP(hidden_sizes=(3,), num_classes=2)
 STATE = {
     "0.weight": np.ones((3, 4)),
     "0.bias": np.ones(3),

@@ -98,7 +98,11 @@ def scaled(state, std):
 def test_a_cell_is_plain_sgd_from_scaled_normal_kernels(trained):
     normal, rate = initializers.normal(1.0), CELLS[1].learning_rate
     arms = [
-        Arm(name, models.MLP((WIDTH,), 10, use, kernel_init=normal), optax.sgd(rate))
+        Arm(
+            name,
+            models.MLP((WIDTH,), 10, "batch" if use else None, kernel_init=normal),
+            optax.sgd(rate),
+        )
         for name, use in (("bn", True), ("no_bn", False))
     ]
     lanes = [Lane((arm,), make_mesh()) for arm in arms]
@@ -156,4 +160,4 @@ def test_epochs_come_nearest_to_the_steps(steps, epochs):
 
 def test_networks_are_twins():
     twins = networks(hidden_sizes=(7,))
-    assert twins["bn"] == twins["no_bn"].clone(use_batch_norm=True) != twins["no_bn"]
+    assert twins["bn"] == twins["no_bn"].clone(norm="batch") != twins["no_bn"]

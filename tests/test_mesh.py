@@ -15,11 +15,12 @@ import numpy as np
 import optax
 import pytest
 from command import assert_same_numbers, call, lines_of
+from factories import norm_of
 
 from bnjax import models, paired, training
 from bnjax.layers import BatchNorm
-from bnjax.paired import Arm, Lane
-from bnjax.parallel import mesh as placement
+from bnjax.paired import Arm, Placement, Trainer
+from bnjax.parallel import mesh as mesh_module
 from bnjax.parallel.mesh import make_mesh, replicate_data
 from bnjax.torch_interop import to_torch
 from bnjax.training import Batch
@@ -43,8 +44,8 @@ def examples(count, dtype):
 MANY, FEW = examples(100, np.float32), examples(16, np.float32)
 
 
-def make_arm(use_batch_norm=True, optimizer=None, **settings):
-    module = models.MLP((16, 16), 10, use_batch_norm, **settings)
+def make_arm(norm="batch", optimizer=None, **settings):
+    module = models.MLP((16, 16), 10, norm, **settings)
     return Arm("arm", module, optimizer or optax.adam(1e-3))
 
 
@@ -57,7 +58,8 @@ def cast(state, dtype):
 def train(mesh, batch_size, count, dtype, arm, statistics="global"):
     """One epoch of two replicates: the states after it, and the loss of each step."""
     data, keys = examples(count, dtype), paired.replicate_keys(0, 2)
-    states = cast(paired.create_states([Lane((arm,), mesh)], keys, data.images[:2]), dtype)
+    trainer = Trainer([Placement((arm,), mesh)], keys, data, data, batch_size)
+    states = cast(trainer.initial_states(), dtype)
     states, steps = paired.train_epoch(
         states,
         keys,
@@ -104,7 +106,7 @@ def test_local_statistics_are_those_of_each_share_of_the_batch(devices):
     """Ghost batch normalization is the same on one device; the running statistics are not."""
     sgd = optax.sgd(0.1)
     norm = partial(MOMENTUM, virtual_batch_size=32 // devices)
-    ghost = make_arm(optimizer=sgd, batch_norm=norm)
+    ghost = make_arm(norm_of(norm), sgd)
     alone, expected = train(make_mesh(), 32, 96, np.float32, ghost)
     mesh = make_mesh(1, devices)
     shared, losses = train(mesh, 32, 96, np.float32, make_arm(optimizer=sgd), "local")
@@ -132,7 +134,7 @@ def step_on(devices):
 def test_each_device_drops_on_its_own(dropout_rate):
     one = examples(16, np.float32)
     two = jax.tree.map(lambda a: np.concatenate([a, a]), one)
-    model = models.MLP((64,), 10, use_batch_norm=False, dropout_rate=dropout_rate)
+    model = models.MLP((64,), 10, norm=None, dropout_rate=dropout_rate)
     state = training.create_state(model, optax.sgd(0.1), jax.random.key(0), one.images)
     losses = [step_on(n)(state, batch)[1].loss for n, batch in ((1, one), (2, two))]
     assert np.isclose(2 * losses[0], losses[1], rtol=1e-5) == (dropout_rate == 0)
@@ -196,7 +198,7 @@ def test_replicates_at_once_are_those_one_after_the_other(monkeypatch, statistic
     arm, mesh = make_arm(optimizer=optax.sgd(0.1)), make_mesh(2, 4)
     results = []
     for at_once in (False, True):
-        monkeypatch.setattr(placement, "runs_at_once", lambda mesh, at_once=at_once: at_once)
+        monkeypatch.setattr(mesh_module, "runs_at_once", lambda mesh, at_once=at_once: at_once)
         jax.clear_caches()
         results.append(train(mesh, 32, 320, np.float32, arm, statistics))
     jax.clear_caches()
@@ -204,16 +206,14 @@ def test_replicates_at_once_are_those_one_after_the_other(monkeypatch, statistic
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def collectives(mesh, replicates, batch_size, depth, use_batch_norm=True, statistics="global"):
+def collectives(mesh, replicates, batch_size, depth, norm="batch", statistics="global"):
     """What the devices do together in a step, as the compiled program of an epoch has it."""
     mesh, keys = make_mesh(*mesh), paired.replicate_keys(0, replicates)
     data = examples(4 * batch_size, np.float32)
-    module = models.MLP((16,) * depth, 10, use_batch_norm)
-    states = paired.create_states(
-        [Lane((Arm("arm", module, optax.adam(1e-3)),), mesh)], keys, data.images[:2]
-    )
+    module = models.MLP((16,) * depth, 10, norm)
+    placement = Placement((Arm("arm", module, optax.adam(1e-3)),), mesh)
     program = paired.train_epoch.lower(
-        states,
+        Trainer([placement], keys, data, data, batch_size).initial_states(),
         keys,
         1,
         replicate_data(data, mesh),
@@ -236,7 +236,7 @@ def test_a_layer_communicates_twice_forward_and_once_backward(mesh, replicates, 
 
 @pytest.mark.parametrize("mesh", [(1, 4), (2, 4)])
 def test_without_normalization_only_gradients_and_losses_are_summed(mesh):
-    assert collectives(mesh, 2, 32, 3, use_batch_norm=False) == {"all-reduce": 1}
+    assert collectives(mesh, 2, 32, 3, norm=None) == {"all-reduce": 1}
 
 
 @pytest.mark.parametrize("depth", [1, 3])
@@ -302,10 +302,10 @@ def test_local_statistics_need_equal_shares_of_two(tmp_path, arguments, batch):
 
 
 def deal(monkeypatch, arms, replicates, count):
-    """The lanes of so many arms where there are so many devices."""
+    """The placements of so many arms where there are so many devices."""
     monkeypatch.setattr(devices, "_devices", lambda: jax.devices()[:count])
     made = (dataclasses.replace(make_arm(optimizer=SGD), name=f"arm {k}") for k in range(arms))
-    return devices.make_lanes(tuple(made), "auto", replicates)
+    return devices.make_placements(tuple(made), "auto", replicates)
 
 
 @pytest.mark.parametrize(
@@ -325,17 +325,21 @@ def deal(monkeypatch, arms, replicates, count):
     ],
 )
 def test_arms_have_devices_of_their_own_or_share_them(monkeypatch, arms, replicates, count, meshes):
-    lanes = deal(monkeypatch, arms, replicates, count)
-    assert ["".join(str(d.id) for d in lane.mesh.devices.flat) for lane in lanes] == meshes
-    assert {lane.mesh.shape["data"] for lane in lanes} == {1}
-    assert [arm.name for lane in lanes for arm in lane.arms] == [f"arm {k}" for k in range(arms)]
+    placements = deal(monkeypatch, arms, replicates, count)
+    assert [
+        "".join(str(d.id) for d in placement.mesh.devices.flat) for placement in placements
+    ] == meshes
+    assert {placement.mesh.shape["data"] for placement in placements} == {1}
+    assert [arm.name for placement in placements for arm in placement.arms] == [
+        f"arm {k}" for k in range(arms)
+    ]
 
 
-def train_arms(lanes, replicates):
+def train_arms(placements, replicates):
     """What an epoch leaves of each arm: variables and metrics, of each replicate."""
     keys = paired.replicate_keys(0, replicates)
-    states = paired.create_states(lanes, keys, MANY.images[:2])
-    (epoch,) = paired.run(lanes, states, keys, MANY, FEW, epochs=range(1, 2), batch_size=32)
+    trainer = Trainer(placements, keys, MANY, FEW, batch_size=32)
+    (epoch,) = trainer.epochs(trainer.initial_states(), range(1, 2))
     return {
         name: jax.tree.map(
             np.asarray, (state.variables, epoch.steps[name], epoch.train[name], epoch.test[name])

@@ -28,13 +28,13 @@ from command import Result, call, lines_of
 from bnjax import data, paired
 from bnjax.data import download
 from bnjax.errors import DownloadError
-from bnjax.paired import Arm, Lane
+from bnjax.paired import Arm, Placement, Trainer
 from bnjax.statistics import summarize
 from bnjax.training import Batch
 from experiments import report
-from experiments.lab import devices, divergences, metrics, rundir
+from experiments.lab import Run, devices, divergences, metrics, rundir
 from experiments.lab.options import Execution
-from experiments.lab.presets import Deep10, Experiment
+from experiments.lab.presets import DEEP10, NOTEBOOKS, Experiment
 
 pytestmark = pytest.mark.usefixtures("cache_home")
 
@@ -44,11 +44,13 @@ KEYS = [
     *("epoch", "arm", "replicate", "train_cost", "train_loss", "train_accuracy"),
     *("test_loss", "test_accuracy", "seconds"),
 ]
+ARMS = ("bn", "no_bn")
+LABELS = {"bn": "with BN", "no_bn": "without BN"}
 COSTS = {"train_cost", "train_loss", "test_loss"}
 ACCURACIES = {"train_accuracy", "test_accuracy"}
 
 
-class Run(NamedTuple):
+class Job(NamedTuple):
     path: Path
     result: Result
 
@@ -66,7 +68,7 @@ def contents(path: Path) -> dict[str, tuple[bytes, int]]:
     }
 
 
-def copy(run: Run, path: Path) -> Path:
+def copy(run: Job, path: Path) -> Path:
     return Path(shutil.copytree(run.path, path))
 
 
@@ -101,22 +103,22 @@ def process(cache_home, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def finished(cache_home, tmp_path_factory) -> Run:
+def finished(cache_home, tmp_path_factory) -> Job:
     path = tmp_path_factory.mktemp("finished") / "run"
-    return Run(path, call(*SMALL, *DIGITS, "--epochs", 2, "--out", path))
+    return Job(path, call(*SMALL, *DIGITS, "--epochs", 2, "--out", path))
 
 
 @pytest.fixture(scope="module")
-def halfway(cache_home, tmp_path_factory) -> Run:
+def halfway(cache_home, tmp_path_factory) -> Job:
     path = tmp_path_factory.mktemp("halfway") / "run"
-    return Run(path, call(*SMALL, *DIGITS, "--epochs", 1, "--out", path))
+    return Job(path, call(*SMALL, *DIGITS, "--epochs", 1, "--out", path))
 
 
 @pytest.fixture(scope="module")
-def three(cache_home, tmp_path_factory) -> Run:
+def three(cache_home, tmp_path_factory) -> Job:
     """Three replicates of what `finished` has one of."""
     path = tmp_path_factory.mktemp("three") / "run"
-    return Run(path, call(*SMALL, *DIGITS, "--epochs", 2, "--replicates", 3, "--out", path))
+    return Job(path, call(*SMALL, *DIGITS, "--epochs", 2, "--replicates", 3, "--out", path))
 
 
 def write_idx(directory: Path, seed: int = 0) -> Path:
@@ -152,8 +154,14 @@ class TestRunDirectory:
 
     def test_config_holds_the_resolved_settings(self, finished):
         config = rundir.read_config(finished.path)
-        assert Experiment.load(config["experiment"]) == Deep10(
-            dataset="digits", epochs=2, hidden_sizes=(5,), batch_size=100, drop_last=True
+        assert Experiment.load(config["experiment"]) == dataclasses.replace(
+            DEEP10,
+            reference="no_bn",
+            dataset="digits",
+            epochs=2,
+            hidden_sizes=(5,),
+            batch_size=100,
+            drop_last=True,
         )
         assert set(config["execution"]) == {f.name for f in dataclasses.fields(Execution)}
         assert config["execution"]["out"] == str(finished.path)
@@ -172,7 +180,7 @@ class TestRunDirectory:
         assert re.fullmatch("[0-9a-f]{64}", config["dataset"]["sha256"])
 
     def test_metrics(self, finished):
-        lines = metrics.read(finished.path)
+        lines = Run(finished.path).lines
         assert [list(line) for line in lines] == [KEYS] * 4
         assert [(line["epoch"], line["arm"], line["replicate"]) for line in lines] == [
             *((1, "bn", 0), (1, "no_bn", 0), (2, "bn", 0), (2, "no_bn", 0)),
@@ -184,20 +192,21 @@ class TestRunDirectory:
         assert lines[2]["train_cost"] < lines[0]["train_cost"]
 
     def test_accuracies_count_every_example(self, finished):
-        for line in metrics.read(finished.path):
+        for line in Run(finished.path).lines:
             for name, count in (("train_accuracy", 1437), ("test_accuracy", 360)):
                 assert line[name] * count == pytest.approx(round(line[name] * count), abs=1e-6)
 
     def test_both_arms_share_the_epochs_seconds(self, finished):
-        seconds = [line["seconds"] for line in metrics.read(finished.path)]
+        seconds = [line["seconds"] for line in Run(finished.path).lines]
         assert seconds[0] == seconds[1] != seconds[2] == seconds[3]
 
     def test_summary_is_of_the_last_epoch(self, finished):
         summary = json.loads((finished.path / "summary.json").read_text())
-        lines = metrics.read(finished.path)
-        assert summary == {**metrics.summarize(lines), "divergences": []}
+        lines = Run(finished.path).lines
+        expected = metrics.summarize(metrics.curves(lines, ARMS), "no_bn")
+        assert summary == json.loads(json.dumps({**expected, "divergences": []}))
         assert summary["arms"]["bn"]["test_loss"]["mean"] == lines[2]["test_loss"]
-        assert summary["paired_differences"]["test_loss"]["mean"] == pytest.approx(
+        assert summary["differences"]["bn"]["test_loss"]["mean"] == pytest.approx(
             lines[2]["test_loss"] - lines[3]["test_loss"]
         )
 
@@ -212,7 +221,7 @@ class TestRunDirectory:
             "edges": (1, 1, 61),
         }
         assert shapes == {
-            f"{arm}/{name}": shape for arm in metrics.ARMS for name, shape in expected.items()
+            f"{arm}/{name}": shape for arm in ARMS for name, shape in expected.items()
         }
 
     def test_the_example_is_of_the_chosen_class(self, finished):
@@ -223,7 +232,7 @@ class TestRunDirectory:
     def test_one_line_per_epoch_and_the_closing_table(self, finished):
         assert re.findall(r"^(\d+/\d+) ", finished.result.out, re.MULTILINE) == ["1/2", "2/2"]
         table = finished.result.out.split("After 2 epochs")[1]
-        last = metrics.read(finished.path)[-2:]
+        last = Run(finished.path).lines[-2:]
         for line in last:
             assert f"{line['test_loss']:.4f}" in table
             assert f"{100 * line['test_accuracy']:.2f} %" in table
@@ -264,14 +273,15 @@ class TestReport:
         assert not re.search(r"@import|url\(", (finished.path / "report.html").read_text())
 
     def test_holds_the_final_numbers(self, page, finished):
-        for line in metrics.read(finished.path)[-2:]:
+        for line in Run(finished.path).lines[-2:]:
             assert all(f"{line[name]:.4f}" in page.text for name in COSTS)
             assert all(f"{100 * line[name]:.2f} %" in page.text for name in ACCURACIES)
 
     def test_holds_what_was_published_and_its_errata(self, page):
         text = plain(page.text)
-        assert Deep10.errata
-        assert all(told in text for told in (*Deep10.published, *Deep10.errata, Deep10.source))
+        source, published, errata = NOTEBOOKS["deep10"]
+        assert errata
+        assert all(told in text for told in (*published, *errata, source))
 
     def test_holds_the_configuration_and_the_command(self, page, finished):
         config = rundir.read_config(finished.path)
@@ -306,7 +316,7 @@ class TestReproducibility:
 
     def test_replicates_differ(self, three):
         for epoch in (1, 2):
-            for arm in metrics.ARMS:
+            for arm in ARMS:
                 mine = [x for x in lines_of(three.path) if (x["epoch"], x["arm"]) == (epoch, arm)]
                 assert [line["replicate"] for line in mine] == [0, 1, 2]
                 assert len({line["train_loss"] for line in mine}) == 3
@@ -346,17 +356,16 @@ class Recorder(nn.Module):
 def seen() -> dict[str, np.ndarray]:
     """What each arm's recorder remembers of three epochs, `{arm: [epochs, R, N]}`."""
     examples = Batch(jnp.eye(12), jnp.arange(12, dtype=jnp.int32) % 10)
-    arms = tuple(Arm(name, Recorder(), optax.sgd(0.1)) for name in metrics.ARMS)
+    arms = tuple(Arm(name, Recorder(), optax.sgd(0.1)) for name in ARMS)
     mesh = devices.make_mesh(1)
-    lanes = [Lane((arm,), mesh) for arm in arms]
     keys = paired.replicate_keys(0, 2)
-    states = paired.create_states(lanes, keys, examples.images[:2])
-    epochs = paired.run(lanes, states, keys, examples, examples, epochs=range(1, 4), batch_size=4)
+    placements = [Placement((arm,), mesh) for arm in arms]
+    trainer = Trainer(placements, keys, examples, examples, batch_size=4)
+    epochs = trainer.epochs(trainer.initial_states(), range(1, 4))
     seen = [
-        {arm: np.array(epoch.states[arm].batch_stats["seen"]) for arm in metrics.ARMS}
-        for epoch in epochs
+        {arm: np.array(epoch.states[arm].batch_stats["seen"]) for arm in ARMS} for epoch in epochs
     ]
-    return {arm: np.stack([one[arm] for one in seen]) for arm in metrics.ARMS}
+    return {arm: np.stack([one[arm] for one in seen]) for arm in ARMS}
 
 
 class TestArms:
@@ -374,13 +383,13 @@ class TestArms:
 
 
 @pytest.fixture(scope="module")
-def own(cache_home, tmp_path_factory) -> Run:
+def own(cache_home, tmp_path_factory) -> Job:
     """A run on data of one's own, named by a path relative to the working directory."""
     home = tmp_path_factory.mktemp("own")
     write_idx(home / "images")
     with contextlib.chdir(home):
         arguments = "--dataset", "mnist", "--data-dir", "images", "--batch-size", 20
-        return Run(home / "run", call(*SMALL, *arguments, "--epochs", 1, "--out", home / "run"))
+        return Job(home / "run", call(*SMALL, *arguments, "--epochs", 1, "--out", home / "run"))
 
 
 def no_network(*_) -> None:
@@ -414,7 +423,7 @@ class TestData:
         loaded = data.load("mnist", own.path.parent / "images")
         assert config["dataset"]["name"] == "mnist"
         assert config["dataset"]["sha256"] == data.fingerprint(loaded)
-        for line in metrics.read(own.path):
+        for line in Run(own.path).lines:
             assert line["test_accuracy"] * 12 == pytest.approx(round(line["test_accuracy"] * 12))
 
     def test_resuming_finds_them_from_another_working_directory(self, own, tmp_path, monkeypatch):
@@ -656,7 +665,7 @@ class TestResume:
 
     def test_drops_lines_beyond_the_checkpoint_and_a_torn_one(self, finished, halfway, tmp_path):
         path = copy(halfway, tmp_path / "run")
-        stray = [{**line, "epoch": 2, "test_loss": 7.0} for line in metrics.read(path)]
+        stray = [{**line, "epoch": 2, "test_loss": 7.0} for line in Run(path).lines]
         metrics.append(path, stray)
         with (path / "metrics.jsonl").open("a") as file:
             file.write('{"epoch": 3, "arm": "b')
@@ -671,34 +680,34 @@ class TestResume:
 
 
 @pytest.fixture(scope="module")
-def diverged(cache_home, tmp_path_factory) -> Run:
+def diverged(cache_home, tmp_path_factory) -> Job:
     path = tmp_path_factory.mktemp("diverged") / "run"
     arguments = "--learning-rate", "1e30", "--epochs", 1, "--out", path
-    return Run(path, call(*SMALL, *DIGITS, *arguments))
+    return Job(path, call(*SMALL, *DIGITS, *arguments))
 
 
 class TestDivergence:
     def test_of_every_replicate_ends_with_3(self, diverged):
         assert diverged.result.status == 3
-        for arm in metrics.ARMS:
+        for arm in ARMS:
             assert f"error: every replicate of {arm} has diverged" in diverged.result.err
 
     def test_is_recorded_as_null(self, diverged):
         text = (diverged.path / "metrics.jsonl").read_text()
         assert not re.search("NaN|Infinity", text)
-        for line in metrics.read(diverged.path):
+        for line in Run(diverged.path).lines:
             assert [line[name] for name in ("train_cost", "train_loss", "test_loss")] == [None] * 3
             assert line["test_accuracy"] is not None
 
     def test_is_marked_with_step_and_layer(self, diverged):
-        marks = divergences.read(diverged.path)
+        marks = divergences.read(diverged.path, ARMS)
         assert [(mark["arm"], mark["replicate"], mark["epoch"]) for mark in marks] == [
-            (arm, 0, 1) for arm in metrics.ARMS
+            (arm, 0, 1) for arm in ARMS
         ]
         for mark in marks:
             assert mark["step"] > 1
             assert re.match(r"(Dense|BatchNorm)_\d+$", mark["layer"])
-            network = metrics.LABELS[mark["arm"]]
+            network = LABELS[mark["arm"]]
             told = f"{network}, replicate 0 diverged in step {mark['step']} of epoch 1"
             assert f"NOTE: {told}; not finite from {mark['layer']} on" in diverged.result.out
             assert told in References((diverged.path / "report.html").read_text()).text
@@ -710,9 +719,9 @@ class TestDivergence:
         full_batch = "--batch-size", 1437, "--learning-rate", 1e38, "--epochs", 1
         result = call(*SMALL, *DIGITS, *full_batch, "--out", path)
         assert result.status == 3
-        marks = divergences.read(path)
+        marks = divergences.read(path, ARMS)
         assert [(mark["arm"], mark["epoch"], mark["step"]) for mark in marks] == [
-            (arm, 1, None) for arm in metrics.ARMS
+            (arm, 1, None) for arm in ARMS
         ]
         for mark in marks:
             assert re.match(r"(Dense|BatchNorm)_\d+$", mark["layer"])
@@ -725,7 +734,7 @@ class TestDivergence:
         ]
         rundir.write_json(path / "divergences.json", marks)
         assert call("--resume", path, "--epochs", 2).status == 0
-        assert divergences.read(path) == marks[:1]
+        assert divergences.read(path, ARMS) == marks[:1]
 
     def test_is_on_the_page_only_where_it_was(self, finished, diverged):
         pages = [(run.path / "report.html").read_text() for run in (finished, diverged)]
@@ -741,7 +750,7 @@ class TestDivergence:
     def test_counts_only_where_all_replicates_did(self, three, tmp_path, replicates, status):
         path = copy(three, tmp_path / "run")
         (path / "summary.json").unlink()
-        lines = metrics.read(path)
+        lines = Run(path).lines
         for line in lines:
             if line["arm"] == "no_bn" and line["replicate"] in replicates:
                 line.update(dict.fromkeys(COSTS))
@@ -752,7 +761,7 @@ class TestDivergence:
         assert ("every replicate of no_bn has diverged" in result.err) == (status == 3)
         summary = json.loads((path / "summary.json").read_text())
         assert summary["arms"]["no_bn"]["test_loss"]["n"] == 3 - len(replicates)
-        assert summary["paired_differences"]["test_loss"]["n"] == 3 - len(replicates)
+        assert summary["differences"]["bn"]["test_loss"]["n"] == 3 - len(replicates)
 
 
 @pytest.fixture
@@ -777,7 +786,7 @@ class TestStopping:
         _, stderr = running.communicate(timeout=60)
         assert running.returncode == status
         assert stderr == "stopped; go on with: python -m experiments.mnist_bn --resume run\n"
-        assert len(metrics.read(tmp_path / "run")) < 2 * epochs
+        assert len(Run(tmp_path / "run").lines) < 2 * epochs
         assert call("--resume", tmp_path / "run").status == 0
         assert len(lines_of(tmp_path / "run")) == 2 * epochs
         assert lines_of(tmp_path / "run")[:4] == lines_of(finished.path)
@@ -785,7 +794,7 @@ class TestStopping:
     @pytest.mark.parametrize(
         ("module", "name", "calls"),
         [
-            (paired, "create_states", 1),
+            (Trainer, "initial_states", 1),
             (metrics, "append", 2),
             (report, "redraw", 1),
         ],
@@ -833,7 +842,7 @@ class TestStopping:
         def interrupted(*_, **settings):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(paired, "create_states", interrupted)
+        monkeypatch.setattr(Trainer, "initial_states", interrupted)
         result = call(*SMALL, *DIGITS, "--out", tmp_path / "my run")
         assert shlex.split(result.err)[-2:] == ["--resume", str(tmp_path / "my run")]
 
@@ -862,7 +871,7 @@ class TestHelp:
         assert (help_page.status, help_page.err) == (0, "")
 
     @pytest.mark.parametrize(
-        "name", [f.name for f in (*dataclasses.fields(Deep10), *dataclasses.fields(Execution))]
+        "name", [f.name for f in (*dataclasses.fields(Experiment), *dataclasses.fields(Execution))]
     )
     def test_explains_every_flag(self, help_page, name):
         flag = f"--{name.replace('_', '-')}"

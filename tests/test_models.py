@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from factories import norm_of
 from reference import relative_error
 
 from bnjax import BatchNorm, initializers, models, training
@@ -38,7 +39,7 @@ def plain_forward(variables, x, activation):
 @pytest.mark.parametrize("name", ["relu", "tanh", "sigmoid"])
 def test_logits_and_features_agree_with_numpy(use_batch_norm, name):
     activation = models.activation(name)
-    model = models.MLP((6, 5), 4, use_batch_norm, activation)
+    model = models.MLP((6, 5), 4, "batch" if use_batch_norm else None, activation)
     x = normal((7, 3, 2))
     variables = model.init(KEY, x, train=True)
     _, updates = model.apply(variables, x, train=True, mutable=["batch_stats"])
@@ -67,7 +68,7 @@ def test_running_statistics_follow_pytorch():
 def test_the_twin_has_the_same_dense_layers_and_no_statistics():
     x = jnp.zeros((2, 784))
     with_bn = models.MLP().init(KEY, x, train=True)
-    without = models.MLP(use_batch_norm=False).init(KEY, x, train=True)
+    without = models.MLP(norm=None).init(KEY, x, train=True)
     assert set(without) == {"params"}
     dense = {k: v for k, v in with_bn["params"].items() if k.startswith("Dense")}
     assert jax.tree.map(jnp.shape, dense) == jax.tree.map(jnp.shape, without["params"])
@@ -105,12 +106,12 @@ def test_folding_leaves_the_logits_and_no_normalization(name, hidden_sizes):
         batch = training.Batch(2 * normal((16, 7), seed) + 1, jnp.arange(16) % 3)
         state, _ = training.train_step(state, batch)
     folded, variables = models.fold_batch_norm(model, state.variables)
-    assert not folded.use_batch_norm
+    assert folded.norm is None
     assert set(variables) == {"params"}
     expected = model.apply(state.variables, x, train=False)
     assert relative_error(folded.apply(variables, x, train=False), expected) < 1e-6
 
-    plain = models.MLP(hidden_sizes, 3, False, models.activation(name))
+    plain = models.MLP(hidden_sizes, 3, None, models.activation(name))
     plain_variables = plain.init(KEY, x, train=False)
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, plain_variables)
     left = operations(folded, variables, x)
@@ -121,14 +122,14 @@ def test_folding_leaves_the_logits_and_no_normalization(name, hidden_sizes):
 
 
 def test_only_batch_normalization_can_be_folded():
-    model = models.MLP((6,), 3, use_batch_norm=False)
-    with pytest.raises(ValueError, match="use_batch_norm=False: there is nothing to fold"):
+    model = models.MLP((6,), 3, norm=None)
+    with pytest.raises(ValueError, match="norm=None: there is nothing to fold"):
         models.fold_batch_norm(model, model.init(KEY, jnp.ones((2, 4)), train=True))
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.2])
 def test_dropout_zeroes_a_share_of_the_features_and_scales_the_rest(rate):
-    model = models.MLP((200,), 200, False, models.activation("sigmoid"), dropout_rate=rate)
+    model = models.MLP((200,), 200, None, models.activation("sigmoid"), dropout_rate=rate)
     x = normal((100, 5))
     variables = model.init(KEY, x, train=True)
     identity = {"kernel": jnp.eye(200), "bias": jnp.zeros(200)}
@@ -235,7 +236,7 @@ def test_fold_of_no_hidden_layer_changes_nothing():
 def test_folding_uses_the_settings_of_the_layers(layer, momentum, epsilon, use_scale, use_bias):
     norm = partial(layer, momentum=momentum, epsilon=epsilon)
     norm = partial(norm, use_scale=use_scale, use_bias=use_bias)
-    model, x = models.MLP((6, 5), 3, batch_norm=norm), normal((40, 7))
+    model, x = models.MLP((6, 5), 3, norm_of(norm)), normal((40, 7))
     variables = model.init(KEY, x, train=True)
     _, updates = model.apply(variables, 3 * x, train=True, mutable=["batch_stats"])
     params = jax.tree.map(lambda a: a + 0.1 * normal(a.shape), variables["params"])
@@ -243,7 +244,7 @@ def test_folding_uses_the_settings_of_the_layers(layer, momentum, epsilon, use_s
     folded, merged = models.fold_batch_norm(model, variables)
     found = folded.apply(merged, x, train=False)
     assert relative_error(found, model.apply(variables, x, train=False)) < 1e-6
-    other = model.clone(batch_norm=partial(norm, epsilon=1e-5))
+    other = model.clone(norm=norm_of(partial(norm, epsilon=1e-5)))
     assert relative_error(found, other.apply(variables, x, train=False)) > 1e-4
 
 
@@ -251,6 +252,6 @@ def test_other_normalizations_are_not_folded():
     def norm(use_running_average):
         return nn.LayerNorm()
 
-    model = models.MLP((6,), 3, batch_norm=norm)
+    model = models.MLP((6,), 3, norm_of(norm))
     with pytest.raises(ValueError, match="other layers than BatchNorm: none can be folded"):
         models.fold_batch_norm(model, model.init(KEY, normal((4, 7)), train=True))

@@ -63,6 +63,8 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     first, second = path / "first", path / "second"
     assert call(*DIGITS, 8, 8, "--replicates", 2, "--out", first).status == 0
     assert call(*DIGITS, *[8] * 6, "--learning-rate", 0.01, "--out", second).status == 0
+    arms = ("--arms", "bn", "no_bn", "layer_norm", "bn_after", "--replicates", 2)
+    assert call(*DIGITS, 8, 8, *arms, "--out", path / "arms").status == 0
     assert compare.main([str(first), str(second), "--out", str(path / "compared")]) == 0
     grid = "--dataset digits --epochs 1 --learning-rate 0.001 0.01 --replicates 2 --out"
     assert sweep.main([*grid.split(), str(path / "sweep")]) == 0
@@ -71,6 +73,7 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     return {
         "report": first / "report.html",
         "deep": second / "report.html",
+        "arms": path / "arms" / "report.html",
         "compare": path / "compared" / "compare.html",
         "sweep": path / "sweep" / "sweep.html",
         "claims": path / "claims" / "report.html",
@@ -119,7 +122,7 @@ def browse(address: str, directory: Path, dark: bool) -> subprocess.CompletedPro
     )
 
 
-@pytest.mark.parametrize("kind", ["report", "deep", "compare", "sweep", "claims"])
+@pytest.mark.parametrize("kind", ["report", "deep", "arms", "compare", "sweep", "claims"])
 @pytest.mark.parametrize(("width", "dark"), [(1100, False), (1100, True), (412, False)])
 def test_a_page_in_the_browser(pages, tmp_path, kind, width, dark):
     told = look(pages[kind], tmp_path, width=width, dark=dark)

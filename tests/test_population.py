@@ -230,7 +230,10 @@ def test_the_number_of_batches_seen_stays(layer_by_layer):
     ],
 )
 def test_no_statistics_are_refused(method, layer_by_layer, use_batch_norm, sizes, message):
-    model, batches = MLP((6,), 3, use_batch_norm), [normal((n, 4), dtype=np.float32) for n in sizes]
+    model, batches = (
+        MLP((6,), 3, "batch" if use_batch_norm else None),
+        [normal((n, 4), dtype=np.float32) for n in sizes],
+    )
     variables = model.init(KEY, jnp.ones((2, 4)), train=True)
     with pytest.raises(ValueError, match=message):
         method(model, variables, batches, layer_by_layer=layer_by_layer)

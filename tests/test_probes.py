@@ -6,10 +6,12 @@ import optax
 import pytest
 
 from bnjax import diagnostics, models, paired, population, training
-from bnjax.paired import Arm, Lane
+from bnjax.paired import Arm, Placement, Trainer
 from bnjax.parallel.mesh import make_mesh
 from bnjax.training import Batch
-from experiments.lab import metrics, probes
+from experiments.lab import probes
+
+NORMS = {"bn": "batch", "no_bn": None}
 
 
 @pytest.fixture(scope="module")
@@ -18,14 +20,11 @@ def trained():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (700, 28, 28)).astype(np.uint8)
     data = Batch(images, rng.integers(0, 10, 700).astype(np.int32))
-    arms = tuple(
-        Arm(name, models.MLP((6, 5), 10, name == "bn"), optax.adam(1e-2)) for name in metrics.ARMS
-    )
-    lanes = [Lane((arm,), make_mesh()) for arm in arms]
-    keys = paired.replicate_keys(0, 2)
-    states = paired.create_states(lanes, keys, images[:2])
-    (epoch,) = paired.run(lanes, states, keys, data, data, epochs=range(1, 2), batch_size=50)
-    return lanes, epoch.states, data
+    arms = tuple(Arm(name, models.MLP((6, 5), 10, NORMS[name]), optax.adam(1e-2)) for name in NORMS)
+    placements = [Placement((arm,), make_mesh()) for arm in arms]
+    trainer = Trainer(placements, paired.replicate_keys(0, 2), data, data, batch_size=50)
+    (epoch,) = trainer.epochs(trainer.initial_states(), range(1, 2))
+    return trainer, epoch.states, data
 
 
 def variables_of(states, arm, replicate=0):
@@ -33,12 +32,12 @@ def variables_of(states, arm, replicate=0):
 
 
 @pytest.mark.parametrize("replicate", [0, 1])
-@pytest.mark.parametrize("arm", metrics.ARMS)
+@pytest.mark.parametrize("arm", NORMS)
 def test_an_epoch_is_looked_at_with_the_diagnostics(trained, arm, replicate):
-    lanes, states, data = trained
+    trainer, states, data = trained
     example, sample = (jax.tree.map(lambda a, n=n: a[:n], data) for n in (1, probes.SAMPLE))
-    found = probes.after_epoch(lanes, states, example, data)
-    module, variables = models.MLP((6, 5), 10, arm == "bn"), variables_of(states, arm, replicate)
+    found = probes.after_epoch(trainer, states, example)
+    module, variables = models.MLP((6, 5), 10, NORMS[arm]), variables_of(states, arm, replicate)
     entering = list(diagnostics.preactivations(module, variables, sample).values())
     norms = diagnostics.gradient_norms(module, variables, sample)
     expected = {
@@ -56,17 +55,16 @@ def test_an_epoch_is_looked_at_with_the_diagnostics(trained, arm, replicate):
 
 @pytest.mark.parametrize("replicate", [0, 1])
 def test_the_end_is_of_one_replicate(trained, replicate):
-    lanes, states, data = trained
-    found = probes.at_end(lanes, states, replicate, data, data)
+    trainer, states, data = trained
+    found = probes.at_end(trainer, states, replicate)
     right = {}
-    for lane in lanes:
-        (arm,) = lane.arms
+    for arm in trainer.arms:
         logits, _ = training.forward(
-            jax.tree.map(lambda leaf: leaf[replicate], states[arm.name]), data.images, train=False
+            jax.tree.map(lambda leaf: leaf[replicate], states[arm]), data.images, train=False
         )
-        np.testing.assert_array_equal(found[f"{arm.name}/predictions"], logits.argmax(axis=1))
-        right[arm.name] = np.asarray(logits.argmax(axis=1)) == data.labels
-    for arm, other in zip(metrics.ARMS, metrics.ARMS[::-1], strict=True):
+        np.testing.assert_array_equal(found[f"{arm}/predictions"], logits.argmax(axis=1))
+        right[arm] = np.asarray(logits.argmax(axis=1)) == data.labels
+    for arm, other in (("bn", "no_bn"), ("no_bn", "bn")):
         only = np.flatnonzero(right[arm] & ~right[other])[: probes.KEPT]
         assert len(only) > 0
         np.testing.assert_array_equal(found[f"only_{arm}"], only)
@@ -74,19 +72,19 @@ def test_the_end_is_of_one_replicate(trained, replicate):
 
 
 def test_the_end_has_running_statistics_and_those_of_the_training_set(trained):
-    lanes, states, data = trained
-    found = probes.at_end(lanes, states, 0, data, data)
+    trainer, states, data = trained
+    found = probes.at_end(trainer, states, 0)
     variables = variables_of(states, "bn")
-    estimated = population.estimate(lanes[0].arms[0].module, variables, [data.images])
+    estimated = population.estimate(trainer.arms["bn"].module, variables, [data.images])
     for kind, expected in (("running", variables), ("population", estimated)):
         for layer, statistics in expected["batch_stats"].items():
             for name, values in statistics.items():
-                np.testing.assert_allclose(found[f"{kind}/{layer}/{name}"], values, rtol=1e-5)
+                np.testing.assert_allclose(found[f"bn/{kind}/{layer}/{name}"], values, rtol=1e-5)
 
 
 def test_predictions_beyond_the_classes_stay_what_they_are():
     """The preset boostcourse has 512 outputs; 259 is not 3."""
-    module = models.MLP((4,), 512, use_batch_norm=False)
+    module = models.MLP((4,), 512, norm=None)
     images = np.zeros((3, 28, 28), np.uint8)
     variables = module.init(jax.random.key(0), np.zeros((2, 784), np.float32), train=False)
     variables["params"]["Dense_1"]["bias"] = jax.nn.one_hot(259, 512) * 100

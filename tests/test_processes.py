@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from command import Result, assert_same_numbers, call, lines_of
 
+from bnjax.checkpoint import file_of
 from bnjax.parallel import processes
 from experiments.lab import divergences, rundir
 
@@ -100,11 +101,6 @@ def test_the_first_process_tells_and_all_compute_what_one_does(pair, alone):
     assert_same_numbers(path, alone)
 
 
-def test_all_processes_write_checkpoints(pair):
-    written = {file.name for file in (pair[0] / "checkpoints" / "6").glob("*/ocdbt.process_*")}
-    assert written == {"ocdbt.process_0", "ocdbt.process_1"}
-
-
 @pytest.mark.parametrize("mesh", ["replicate=2,data=1", "auto"])
 def test_replicates_on_processes_are_bitwise_those_of_one(start, alone, tmp_path, mesh):
     path = tmp_path / "run"
@@ -128,7 +124,7 @@ def wait_for(processes, path: Path) -> None:
 def test_a_lost_process_ends_the_others(start, tmp_path, victim, number):
     path = tmp_path / "run"
     processes = start(2, *NETWORK, *REPLICATES[:2], "--epochs", 2000, *SHARED, "--out", path)
-    wait_for(processes, path / "checkpoints" / "2")
+    wait_for(processes, file_of(path / "checkpoints", 2))
     processes[victim].send_signal(number)
     begin = time.monotonic()
     out, err = processes[1 - victim].communicate(timeout=LIMIT)
@@ -149,7 +145,7 @@ def killed(start, tmp_path_factory) -> Path:
     """A run of two processes that was killed soon after its second epoch."""
     path = tmp_path_factory.mktemp("killed") / "run"
     processes = start(2, *NETWORK, *REPLICATES, *SHARED, "--out", path)
-    wait_for(processes, path / "checkpoints" / "2")
+    wait_for(processes, file_of(path / "checkpoints", 2))
     for process in processes:
         process.kill()
     end(processes)
@@ -207,13 +203,25 @@ def test_batches_are_not_spread_over_processes_unasked(
 
 def test_a_damaged_checkpoint_gives_way_in_all_processes(start, killed, pair, tmp_path):
     path = Path(shutil.copytree(killed, tmp_path / "run"))
-    last = max(int(one.name) for one in (path / "checkpoints").iterdir() if one.name.isdecimal())
-    for file in (path / "checkpoints" / str(last)).rglob("manifest.ocdbt"):
-        file.write_bytes(b"")
+    newest = max((path / "checkpoints").glob("epoch-*"))
+    last = int(newest.stem.removeprefix("epoch-"))
+    newest.write_bytes(b"")
     results = end(start(2, "--resume", path))
     assert [result.status for result in results] == [0, 0], results
     assert f"going on after epoch {last - 1}" in results[0].out
     assert lines_of(path) == lines_of(pair[0])
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_all_processes(start, killed, tmp_path):
+    path = Path(shutil.copytree(killed, tmp_path / "run"))
+    shutil.rmtree(path / "checkpoints")
+    (path / "checkpoints").write_text("")
+    first, other = end(start(2, "--resume", path))
+    assert (first.status, other.status) == (2, 2)
+    told = f"error: {path / 'checkpoints'}: File exists; go on with: "
+    assert [one.startswith(told) for one in errors(first)] == [True]
+    assert f"{socket.gethostname()} (process 0): [Errno 17] File exists" in other.err
+    assert "Traceback" not in other.err
 
 
 @pytest.mark.parametrize(

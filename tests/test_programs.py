@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from factories import norm_of
 from flax.core import freeze
 from jax import export
 from jax.sharding import AbstractMesh, Mesh
@@ -38,8 +39,9 @@ def examples(count=32):
     return Batch(normal(count, 6), np.arange(count, dtype=np.int32) % 3)
 
 
-def make_state(norm=None, optimizer=None, **fields):
-    model = models.MLP((8, 8), 3, batch_norm=norm or models.TORCH_BATCH_NORM, **fields)
+def make_state(layer=None, optimizer=None, **fields):
+    norm = {"norm": norm_of(layer)} if layer else {}
+    model = models.MLP((8, 8), 3, **norm, **fields)
     return training.create_state(model, optimizer or optax.sgd(0.1), KEY, np.ones((4, 6), "f"))
 
 
@@ -223,7 +225,7 @@ class TestShardMap:
     @needs_devices
     def test_checked_and_unchecked_are_the_same(self, kind, masked, synchronized):
         norm = partial(bnjax.BatchNorm, axis_name="d" if synchronized else None, **KINDS[kind])
-        model = Masked(norm) if masked else models.MLP((8, 8), 3, batch_norm=norm)
+        model = Masked(norm) if masked else models.MLP((8, 8), 3, norm_of(norm))
         state = training.create_state(model, optax.sgd(0.1), KEY, normal(4, 6))
         mesh = Mesh(jax.devices()[:4], ("d",))
         checked, unchecked = (
@@ -236,7 +238,7 @@ class TestShardMap:
 
     @needs_devices
     def test_the_update_is_that_of_the_mean_gradient(self):
-        batch, state = examples(32), make_state(use_batch_norm=False)
+        batch, state = examples(32), make_state(norm=None)
         mesh = Mesh(jax.devices()[:4], ("d",))
         step = partial(training.train_step, axis_name="d")
         spread = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("d")), out_specs=P())

@@ -69,7 +69,7 @@ class Page(html.parser.HTMLParser):
 def no_cache_of_programs():
     """The settings of JAX stay as they were."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(devices, "cache_programs", lambda directory: None)
+        patch.setattr(devices, "enable_compilation_cache", lambda directory: None)
         yield
 
 

@@ -6,20 +6,22 @@ import subprocess
 import sys
 import tomllib
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
 import pytest
-from factories import save_run
+from factories import named, save_run
 
 from experiments import compare, report, sweep, train_eval_mode
 from experiments.benchmark import __main__ as benchmark
 from experiments.claims import Evidence, load_claims, verdicts
 from experiments.lab import metrics, rundir
-from experiments.lab.presets import Boostcourse
+from experiments.lab.presets import BOOSTCOURSE
 from experiments.report import figures, heat
 
 ROOT = Path(__file__).parents[1]
+TWO = ("bn", "no_bn")
 
 # What somebody likes, in the words of a matplotlibrc.
 TASTES = {
@@ -74,8 +76,9 @@ TASTES = {
 @pytest.fixture(scope="module")
 def made_up_runs(tmp_path_factory) -> list[Path]:
     path = tmp_path_factory.mktemp("runs")
-    for name, sizes in (("first", (8, 8)), ("second", (9, 7, 5))):
-        experiment = Boostcourse(dataset="digits", epochs=3, hidden_sizes=sizes)
+    for name, sizes, arms in (("first", (8, 8), (*TWO, "layer_norm")), ("second", (9, 7, 5), TWO)):
+        changes = {"dataset": "digits", "epochs": 3, "hidden_sizes": sizes, "arms": arms}
+        experiment = replace(BOOSTCOURSE, reference="no_bn", **changes)
         save_run(path / name, experiment, replicates=2)
     return [path / "first", path / "second"]
 
@@ -85,17 +88,21 @@ def draw(made_up_runs: list[Path]) -> dict[str, bytes]:
     run = made_up_runs[0]
     place = run.parent
     report.redraw(run)
-    compare.write(place / "compared", [compare.read(run) for run in made_up_runs])
+    compare.write(place / "compared", {run.name: compare.read(run) for run in made_up_runs})
     names = ("curves.png", "curves.svg", "features.png", "report.html")
     drawn = {name: (run / name).read_bytes() for name in names}
     drawn["compare.svg"] = (place / "compared" / "compare.svg").read_bytes()
 
-    values = {arm: {name: [0.5, 0.75] for name in metrics.METRICS} for arm in metrics.ARMS}
-    cells = [sweep.Cell("relu", size, rate, values) for size in (8, 32) for rate in (0.1, 0.01)]
-    drawn["sweep.svg"] = figures.to_svg(heat.maps([(cell, sweep.weigh(cell)) for cell in cells]))
+    values = {arm: {name: [0.5, 0.75] for name in metrics.METRICS} for arm in TWO}
+    cells = [
+        sweep.SweepCell("relu", size, rate, values) for size in (8, 32) for rate in (0.1, 0.01)
+    ]
+    labels = named(TWO, "label")
+    rows = [(cell, sweep.summarize_cell(cell, "no_bn", labels)) for cell in cells]
+    drawn["sweep.svg"] = figures.to_svg(heat.maps(rows, {"bn": labels["bn"]}))
 
     claim = load_claims()["depth-limit"]
-    accuracies = {arm: [[50, 60], [40, 20]] for arm in metrics.ARMS}
+    accuracies = {arm: [[50, 60], [40, 20]] for arm in TWO}
     evidence = Evidence({}, {"depths": [2, 4], "curves": accuracies})
     figure = place / "figure.png"
     figure.unlink(missing_ok=True)

@@ -6,21 +6,23 @@ import numpy as np
 import pytest
 
 from experiments import sweep
-from experiments.lab.presets import Boostcourse
+from experiments.lab import rundir
+from experiments.lab.presets import BOOSTCOURSE
 from experiments.report import heat
-from experiments.sweep import Cell, Settings
+from experiments.sweep import SweepCell, SweepConfig
 
+BN, LABELS = {"bn": "with BN"}, {"bn": "with BN", "no_bn": "without BN"}
 GRID = "--dataset", "digits", "--epochs", "2", "--replicates", "2", "--learning-rate"
 
 
 def test_cells_that_differ_in_the_rate_alone_are_together(tmp_path):
-    settings = Settings(tmp_path, (0.1, 0.01), (32, 64, 128), ("relu", "tanh"))
+    settings = SweepConfig(tmp_path, (0.1, 0.01), (32, 64, 128), ("relu", "tanh"))
     groups = settings.groups()
     assert len(groups) == 6
     for group in groups:
         assert [one.learning_rate for one in group] == [0.1, 0.01]
         assert len({(one.activation, one.batch_size) for one in group}) == 1
-    assert Settings(tmp_path).groups()[0][0].batch_size == Boostcourse().batch_size
+    assert SweepConfig(tmp_path).groups()[0][0].batch_size == BOOSTCOURSE.batch_size
 
 
 @pytest.mark.parametrize(
@@ -36,7 +38,7 @@ def test_cells_that_differ_in_the_rate_alone_are_together(tmp_path):
 )
 def test_mistakes(tmp_path, changes, told):
     with pytest.raises(ValueError, match=told):
-        Settings(tmp_path, **changes)
+        SweepConfig(tmp_path, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def swept(tmp_path_factory):
 
 def cells_of(path):
     return [
-        Cell(**{k: one[k] for k in Cell._fields})
+        SweepCell(**{k: one[k] for k in SweepCell._fields})
         for one in json.loads((path / "sweep.json").read_text())["cells"]
     ]
 
@@ -88,7 +90,7 @@ def test_maps_show_every_cell():
     def cell(activation, size, rate, with_bn, without):
         accuracies = {"bn": with_bn, "no_bn": without}
         values = {arm: {"test_accuracy": of_arm} for arm, of_arm in accuracies.items()}
-        return Cell(activation, size, rate, values)
+        return SweepCell(activation, size, rate, values)
 
     nan = float("nan")
     cells = [
@@ -97,7 +99,7 @@ def test_maps_show_every_cell():
         for size in (32, 64)
         for rate, accuracies in ((0.1, ([0.5, 0.6], [nan, nan])), (0.01, ([0.5], [0.25])))
     ]
-    figure = heat.maps([(one, sweep.weigh(one)) for one in cells])
+    figure = heat.maps([(one, sweep.summarize_cell(one, "no_bn", LABELS)) for one in cells], BN)
     for axes in figure.axes[:2]:
         drawn = axes.images[0]
         np.testing.assert_array_equal(np.ma.filled(drawn.get_array(), np.nan), [[25, np.nan]] * 2)
@@ -121,8 +123,34 @@ def test_maps_show_every_cell():
 def test_what_a_cell_says(with_bn, without, told):
     accuracies = {"bn": with_bn, "no_bn": without}
     values = {arm: {"test_accuracy": of_arm} for arm, of_arm in accuracies.items()}
-    cell = Cell("relu", 32, 0.1, sweep.runs.nan_for_null(values))
-    assert sweep.weigh(cell).told == told
+    cell = SweepCell("relu", 32, 0.1, rundir.nan_for_null(values))
+    assert sweep.summarize_cell(cell, "no_bn", LABELS).told == {"bn": told}
+
+
+def test_three_arms_have_a_map_each_and_a_best_in_every_cell(tmp_path, capsys):
+    path = tmp_path / "out"
+    arms = "--arms", "layer_norm", "bn", "no_bn", "--reference", "bn"
+    assert sweep.main([*GRID, "0.001", "0.01", "--out", str(path), *arms]) == 0
+    told = capsys.readouterr().out
+    cells = json.loads((path / "sweep.json").read_text())["cells"]
+    for cell in cells:
+        assert list(cell["values"]) == ["layer_norm", "bn", "no_bn"]
+        assert list(cell["differences"]) == ["layer_norm", "no_bn"]
+        means = {arm: np.mean(of_arm["test_accuracy"]) for arm, of_arm in cell["values"].items()}
+        assert cell["best"] == [max(means, key=means.get)]
+    assert told.count("best: ") == 2
+    page = " ".join((path / "sweep.html").read_text().split())
+    assert "With layer normalization, against with batch normalization" in page
+    assert sweep.main([*GRID, "0.001", "0.01", "--out", str(path)]) == 2
+    assert "holds results with other settings: arms was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arm", "nearest"), [("ghost_bn(20)", "16"), ("group_norm(5)", "4")])
+def test_impossible_arms_are_refused_before_anything_is_trained(tmp_path, capsys, arm, nearest):
+    words = ["--dataset", "digits", "--batch-size", "100", "64", "--arms", arm, "no_bn"]
+    assert sweep.main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert f"the nearest that does is {arm.split('(')[0]}({nearest})" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -141,7 +169,7 @@ def test_cells_that_are_not_of_this_sweep(swept, capsys, content):
 
 def test_is_refused_while_another_sweep_has_the_directory(swept, capsys):
     before = (swept / "config.json").read_bytes()
-    with sweep.runs.locked(swept):
+    with rundir.locked(swept):
         assert sweep.main([*GRID, "0.0001", "0.01", "--out", str(swept)]) == 2
     assert "is in use by another process" in capsys.readouterr().err
     assert (swept / "config.json").read_bytes() == before

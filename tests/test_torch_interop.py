@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from factories import norm_of
 
 from bnjax import BatchNorm
 from bnjax.data import load
@@ -90,7 +91,7 @@ def numbers(variables):
 
 
 def plain(sizes, num_classes):
-    return MLP(sizes, num_classes, use_batch_norm=False)
+    return MLP(sizes, num_classes, norm=None)
 
 
 def test_torch_is_not_imported():
@@ -103,7 +104,7 @@ def test_torch_is_not_imported():
 @pytest.mark.parametrize("use_batch_norm", [True, False])
 def test_there_and_back(torch, use_batch_norm, dtype, tolerance):
     module, other = (mlp(torch, dtype, use_batch_norm=use_batch_norm) for _ in range(2))
-    model = MODEL.clone(use_batch_norm=use_batch_norm)
+    model = MODEL.clone(norm="batch" if use_batch_norm else None)
     variables = from_torch(module.state_dict(), model)
     x = normal((7, 6), dtype)
     y = model.apply(variables, x, train=False)
@@ -403,7 +404,7 @@ def test_networks_of_many_builds_compute_the_same(torch, arrangement):
 @pytest.mark.parametrize(("bias", "affine"), [(False, True), (True, False), (False, False)])
 def test_what_pytorch_leaves_out_is_zero_or_one(torch, use_batch_norm, bias, affine, dtype):
     module = mlp(torch, dtype, use_batch_norm=use_batch_norm, bias=bias, affine=affine)
-    model = MODEL.clone(use_batch_norm=use_batch_norm)
+    model = MODEL.clone(norm="batch" if use_batch_norm else None)
     variables = from_torch(shuffled(module.state_dict()), model)
     chex.assert_trees_all_equal_shapes(variables["params"], init(model)["params"])
     assert {leaf.dtype.name for leaf in jax.tree.leaves(variables["params"])} == {dtype}
@@ -443,7 +444,7 @@ def test_without_numbers_of_batches_there_is_no_count():
 def test_an_averaged_model_has_one_key_too_many(torch, use_batch_norm):
     module = mlp(torch, use_batch_norm=use_batch_norm)
     averaged = torch.optim.swa_utils.AveragedModel(module).state_dict()
-    model = MODEL.clone(use_batch_norm=use_batch_norm)
+    model = MODEL.clone(norm="batch" if use_batch_norm else None)
     with pytest.raises(
         ValueError, match=r"^the state_dict does not fit the model: surplus: n_averaged$"
     ):
@@ -509,7 +510,7 @@ def test_normalization_before_linear_layers_is_refused(torch):
 @pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize("layer", [BatchNorm, flax.linen.BatchNorm])
 def test_normalization_has_the_parameters_that_the_model_has(layer, use_scale, use_bias):
-    model = MODEL.clone(batch_norm=partial(layer, use_scale=use_scale, use_bias=use_bias))
+    model = MODEL.clone(norm=norm_of(partial(layer, use_scale=use_scale, use_bias=use_bias)))
     plain = {
         k: v for k, v in fresh_state_dict().items() if k[:3] not in ("1.w", "1.b", "4.w", "4.b")
     }
@@ -526,7 +527,7 @@ def test_normalization_has_the_parameters_that_the_model_has(layer, use_scale, u
 
 
 def test_without_scale_and_bias_pytorch_has_affine_false(torch):
-    model = MODEL.clone(batch_norm=partial(BatchNorm, use_scale=False, use_bias=False))
+    model = MODEL.clone(norm="batch_no_affine")
     module, variables = mlp(torch, "float32", affine=False), init(model)
     found = to_torch(variables)
     module.load_state_dict({k: torch.tensor(v) for k, v in found.items()}, strict=True)

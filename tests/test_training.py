@@ -22,7 +22,7 @@ def examples(count, seed=0):
 
 
 def fresh_state(use_batch_norm=True, optimizer=None, dropout_rate=0.0):
-    model = models.MLP((8,), 10, use_batch_norm, dropout_rate=dropout_rate)
+    model = models.MLP((8,), 10, "batch" if use_batch_norm else None, dropout_rate=dropout_rate)
     return training.create_state(model, optimizer or optax.sgd(0.1), KEY, examples(2).images)
 
 

@@ -10,9 +10,6 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-from bnjax.parallel.mesh import place
 
 # Seconds without a sign of life after which a process counts as lost. JAX's default is 100.
 HEARTBEAT = 20
@@ -120,26 +117,13 @@ def gather(tree: Any) -> Any:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def share(values: np.ndarray) -> np.ndarray | jax.Array:
-    """The same array with a part of it in each process, which then writes its own.
-
-    Args:
-        values: whole in every process; their number divides the length.
-    """
-    if count() == 1:
-        return values
-    first = [next(d for d in jax.devices() if d.process_index == k) for k in range(count())]
-    axis = PartitionSpec("process")
-    return place(values, NamedSharding(Mesh(np.array(first), ("process",)), axis))
-
-
-def wait(purpose: str) -> None:
+def barrier(purpose: str) -> None:
     """Waits until all processes are here."""
     if count() > 1:
         multihost_utils.sync_global_devices(purpose)
 
 
-def tell_all(value: Any) -> list[Any]:
+def allgather_object(value: Any) -> list[Any]:
     """What each process holds, given something that JSON can hold."""
     if count() == 1:
         return [value]
@@ -151,11 +135,12 @@ def tell_all(value: Any) -> list[Any]:
     return [json.loads(row.tobytes().rstrip(b"\0")) for row in rows]
 
 
-def together(work: Callable[[], T]) -> T:
+def run_on_all(work: Callable[[], T]) -> T:
     """The result of `work`, which every process calls; where it fails in one, it fails in all.
 
     Raises:
-        ValueError: in the processes in which it did not fail, naming the host and what it says.
+        ValueError: in the processes in which it did not fail, naming the host and what it says; an
+            `OSError` where it was one.
     """
     if count() == 1:
         return work()
@@ -164,11 +149,12 @@ def together(work: Callable[[], T]) -> T:
         result = work()
     except Exception as error:
         failure = error
-    told = [problem for problem in tell_all(failure and f"{name()}: {failure}") if problem]
+    told = failure and [f"{name()}: {failure}", isinstance(failure, OSError)]
+    problems = list(filter(None, allgather_object(told)))
     if failure:
         raise failure
-    if told:
-        raise ValueError(told[0])
+    for problem, of_system in problems:
+        raise (OSError if of_system else ValueError)(problem)
     return result
 
 
@@ -178,7 +164,7 @@ def check_same(values: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the host and what differs.
     """
-    told = tell_all({"host": name(), **values})
+    told = allgather_object({"host": name(), **values})
     for other in told[1:]:
         different = [
             f"{field} {other.get(field)!r} instead of {told[0].get(field)!r}"

@@ -6,6 +6,7 @@ nothing that its users would not import: `python -m experiments.benchmark.loops 
 whole experiment as a PyTorch script.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -35,11 +36,13 @@ def bnjax(job: Job) -> Epoch:
     import jax
 
     from bnjax import paired
+    from bnjax.paired import Trainer
     from bnjax.training import Batch
-    from experiments.lab import devices, plan
-    from experiments.lab.presets import Boostcourse
+    from experiments.lab import arms, devices
+    from experiments.lab.presets import BOOSTCOURSE
 
-    experiment = Boostcourse(
+    experiment = dataclasses.replace(
+        BOOSTCOURSE,
         hidden_sizes=tuple(job.hidden_sizes),
         num_classes=job.num_classes,
         batch_size=job.batch_size,
@@ -49,12 +52,10 @@ def bnjax(job: Job) -> Epoch:
     data = np.load(job.data)
     train, test = (Batch(data[f"{p}_images"], data[f"{p}_labels"]) for p in ("train", "test"))
     jax.config.update("jax_default_matmul_precision", experiment.matmul_precision)
-    lanes = devices.make_lanes(plan.make_arms(experiment), "auto", job.replicates)
+    placements = devices.make_placements(arms.make_arms(experiment), "auto", job.replicates)
     keys = paired.replicate_keys(0, job.replicates)
-    states = paired.create_states(lanes, keys, train.images[:2])
-    epochs = paired.run(
-        lanes, states, keys, train, test, epochs=range(1, 10**6), batch_size=job.batch_size
-    )
+    trainer = Trainer(placements, keys, train, test, job.batch_size)
+    epochs = trainer.epochs(trainer.initial_states(), range(1, 10**6))
 
     def call() -> tuple[float, float]:
         start = time.perf_counter()

@@ -136,7 +136,7 @@ def _measure(layout: Layout, coordinator: str, process: int, repeats: int) -> di
     import optax
 
     from bnjax import models, paired
-    from bnjax.paired import Arm, Lane
+    from bnjax.paired import Arm, Placement, Trainer
     from bnjax.parallel import processes
     from bnjax.parallel.mesh import make_mesh, replicate_data
     from bnjax.training import Batch
@@ -148,10 +148,10 @@ def _measure(layout: Layout, coordinator: str, process: int, repeats: int) -> di
     images = rng.integers(0, 256, (STEPS * BATCH, 28, 28)).astype(np.uint8)
     data = Batch(images, rng.integers(0, 10, STEPS * BATCH).astype(np.int32))
     mesh = make_mesh(1, layout.devices)
-    module = models.MLP((32, 32), 512, layout.network != "without")
+    module = models.MLP((32, 32), 512, None if layout.network == "without" else "batch")
     keys = paired.replicate_keys(0, 1)
-    lane = Lane((Arm("arm", module, optax.adam(1e-3)),), mesh)
-    states = paired.create_states([lane], keys, images[:2])
+    placement = Placement((Arm("arm", module, optax.adam(1e-3)),), mesh)
+    states = Trainer([placement], keys, data, data, BATCH).initial_states()
     data = replicate_data(data, mesh)
     program = paired.train_epoch.lower(
         states,
@@ -165,7 +165,7 @@ def _measure(layout: Layout, coordinator: str, process: int, repeats: int) -> di
     ).compile()
     seconds = []
     for epoch in range(repeats + 1):
-        processes.wait("the next epoch")
+        processes.barrier("the next epoch")
         start = time.perf_counter()
         states, _ = jax.block_until_ready(program(states, keys, epoch, data))
         seconds.append((time.perf_counter() - start) / STEPS)

@@ -8,7 +8,7 @@ claim allows. Whether a claim passes is decided by these alone (`judge`).
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple, TypeVar
@@ -20,8 +20,12 @@ from numpy.typing import ArrayLike
 from bnjax import statistics
 from bnjax.data import Dataset
 from bnjax.training import Batch
+from experiments.report import figures
 
 T = TypeVar("T")
+
+LABELS = {"bn": "with BN", "no_bn": "without BN"}
+STYLES = figures.arm_styles(LABELS)
 
 
 class Verdict(StrEnum):
@@ -131,10 +135,6 @@ def interval(values: np.ndarray, *, predicted: bool = False) -> tuple[float, flo
     return middle - half, middle + half
 
 
-def _compute_all(parts: Sequence[str], compute: Callable[[str], Any]) -> dict[str, Any]:
-    return {part: compute(part) for part in parts}
-
-
 @dataclass(frozen=True)
 class Settings:
     """What a run may depend on.
@@ -144,15 +144,12 @@ class Settings:
         quick: run less of it, so that all claims take minutes.
         replicates: how many, in place of the claim's own number.
         seed: decides everything random.
-        each: `(parts, compute) -> {part: compute(part)}`, where results are what JSON can hold; a
-            part that was done before is not computed again.
     """
 
     dataset: Dataset
     quick: bool = False
     replicates: int | None = None
     seed: int = 0
-    each: Callable[[Sequence[str], Callable[[str], Any]], dict[str, Any]] = _compute_all
 
     def either(self, quick: T, full: T) -> T:
         """The first in a quick run, the second in a full one."""

@@ -1,15 +1,12 @@
 """Batch normalization suffers from small batches, and what is offered against it."""
 
-from functools import partial
-
 import numpy as np
 import optax
 from matplotlib.figure import Figure
 
 from bnjax import models, paired
-from bnjax.layers import BatchNorm
 from bnjax.paired import Arm
-from experiments.claims import Check, Claim, Evidence, Settings, measured
+from experiments.claims import STYLES, Check, Claim, Evidence, Settings, measured
 from experiments.lab.grids import accuracy, take, train
 from experiments.report import figures
 
@@ -29,22 +26,20 @@ def run(settings: Settings) -> Evidence:
     keys = paired.replicate_keys(settings.seed, settings.count(4, 10))
     examples = take(settings.train, settings.either(5_000, 10_000))
 
-    def measure(part: str) -> list[float]:
-        kind, size = part.split()
-        batch = LARGEST if kind == "ghost" else int(size)
+    def measure(kind: str, size: int) -> np.ndarray:
+        batch = LARGEST if kind == "ghost" else size
         *_, last = train(
-            [Arm(kind, _network(kind, int(size)), optax.sgd(RATE * batch / LARGEST))],
+            [Arm(kind, _network(kind, size), optax.sgd(RATE * batch / LARGEST))],
             keys,
             examples,
             settings.test,
             epochs=settings.either(3, 10),
             batch_size=batch,
         )
-        return accuracy(last)[kind].tolist()
+        return accuracy(last)[kind]
 
     sizes = settings.either((2, 8, 32), SIZES)
-    parts = [f"{kind} {size}" for kind in KINDS for size in sizes]
-    found = {part: np.array(values) for part, values in settings.each(parts, measure).items()}
+    found = {f"{kind} {size}": measure(kind, size) for kind in KINDS for size in sizes}
     few, many = SIZES[0], LARGEST
     values = (
         found[f"bn {few}"] - found[f"bn {many}"],
@@ -58,12 +53,8 @@ def run(settings: Settings) -> Evidence:
 
 
 def _network(kind: str, size: int) -> models.MLP:
-    batch_norm = models.TORCH_BATCH_NORM
-    if kind == "renorm":
-        batch_norm = partial(BatchNorm, momentum=0.9, ddof=1, renorm=(3.0, 5.0))
-    if kind == "ghost":
-        batch_norm = partial(BatchNorm, momentum=0.9, ddof=1, virtual_batch_size=size)
-    return models.MLP((100, 100), 10, kind != "no_bn", batch_norm=batch_norm)
+    norms = {"bn": "batch", "no_bn": None, "renorm": "renorm", "ghost": f"ghost({size})"}
+    return models.MLP((100, 100), 10, norms[kind])
 
 
 def draw(evidence: Evidence) -> Figure:
@@ -72,9 +63,11 @@ def draw(evidence: Evidence) -> Figure:
     colors = {"renorm": "#1b7f5c", "ghost": "#7b3f98"}
     sizes = evidence.picture["sizes"]
     for kind, values in evidence.picture["curves"].items():
-        arm = kind if kind in figures.STYLES else "bn"
+        arm = kind if kind in STYLES else "bn"
         style = {"color": colors[kind], "marker": "^"} if kind in colors else {}
-        figures.draw_band(axes, arm, sizes, np.transpose(values), label=KINDS[kind], **style)
+        figures.draw_band(
+            axes, STYLES[arm], sizes, np.transpose(values), label=KINDS[kind], **style
+        )
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.set_xlabel("examples that share statistics")

@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bnjax import paired
-from experiments.claims import Check, Claim, Evidence, Settings, measured
+from experiments.claims import LABELS, STYLES, Check, Claim, Evidence, Settings, measured
 from experiments.lab.grids import Cell, accuracy, by_cell, epochs_of, he_std, take, train_grid
 from experiments.report import figures
 
@@ -19,7 +19,7 @@ def run(settings: Settings) -> Evidence:
     examples = take(settings.train, settings.either(10_000, 60_000))
     cells = [Cell(rate, he_std) for rate in RATES]
 
-    def measure(depth: str) -> dict[str, list]:
+    def measure(depth: int) -> dict[str, np.ndarray]:
         *_, last = train_grid(
             cells,
             keys,
@@ -27,15 +27,15 @@ def run(settings: Settings) -> Evidence:
             settings.test,
             epochs=epochs_of(settings.either(100, 600), 100, examples),
             batch_size=100,
-            hidden_sizes=(WIDTH,) * int(depth),
+            hidden_sizes=(WIDTH,) * depth,
         )
-        return {arm: by_cell(values, cells).tolist() for arm, values in accuracy(last).items()}
+        return {arm: by_cell(values, cells) for arm, values in accuracy(last).items()}
 
     depths = settings.either((DEPTHS[0], DEPTHS[-1]), DEPTHS)
-    found = settings.each([*map(str, depths)], measure)
+    found = [measure(depth) for depth in depths]
     best = {
-        arm: np.array([np.max(by_arm[arm], axis=0) for by_arm in found.values()])  # [depths, R]
-        for arm in figures.LABELS
+        arm: np.array([by_arm[arm].max(axis=0) for by_arm in found])  # [depths, R]
+        for arm in LABELS
     }
     values = (best["bn"][-1] - best["bn"][0], best["bn"][-1], best["no_bn"][-1])
     curves = {arm: values.tolist() for arm, values in best.items()}
@@ -46,7 +46,7 @@ def draw(evidence: Evidence) -> Figure:
     """Accuracy by depth."""
     figure, (axes,) = figures.panels(["Best test accuracy over the learning rates"], width=6)
     for arm, values in evidence.picture["curves"].items():
-        figures.draw_band(axes, arm, evidence.picture["depths"], np.transpose(values))
+        figures.draw_band(axes, STYLES[arm], evidence.picture["depths"], np.transpose(values))
     axes.set_xlabel("hidden layers")
     axes.set_ylabel("percent")
     axes.set_ylim(0, 100)

@@ -12,16 +12,16 @@ from matplotlib.figure import Figure
 from bnjax import paired, population, training
 from bnjax.functional import BatchStats, batch_norm_train
 from bnjax.training import Batch, TrainState
-from experiments.claims import Check, Claim, Evidence, Settings, measured
+from experiments.claims import STYLES, Check, Claim, Evidence, Settings, measured
+from experiments.lab.arms import make_arms
 from experiments.lab.grids import train, unstack
-from experiments.lab.plan import make_arms
-from experiments.lab.presets import Boostcourse
+from experiments.lab.presets import BOOSTCOURSE
 from experiments.report import figures
 
 MOMENTUM, BATCH, BATCHES, STREAMS = 0.9, 16, 150, 500
 EARLY = 10
 SAMPLES = (10, 30, 100, 300, 1000, 10_000, 60_000)
-PRESET = Boostcourse()
+PRESET = BOOSTCOURSE
 
 
 def run(settings: Settings) -> Evidence:
@@ -30,19 +30,16 @@ def run(settings: Settings) -> Evidence:
     keys = paired.replicate_keys(settings.seed, settings.count(4, 10))
     examples, test = (jax.tree.map(jnp.asarray, batch) for batch in (settings.train, settings.test))
 
-    def measure(part: str) -> list[dict[str, Any]]:
-        *_, last = train(
-            [arm],
-            keys,
-            examples,
-            test,
-            epochs=settings.either(2, PRESET.epochs),
-            batch_size=PRESET.batch_size,
-        )
-        pairs = zip(unstack(last.states["bn"]), keys, strict=True)
-        return [_look(*pair, arm.module, examples, test) for pair in pairs]
-
-    found = settings.each(["replicates"], measure)["replicates"]
+    *_, last = train(
+        [arm],
+        keys,
+        examples,
+        test,
+        epochs=settings.either(2, PRESET.epochs),
+        batch_size=PRESET.batch_size,
+    )
+    pairs = zip(unstack(last.states["bn"]), keys, strict=True)
+    found = [_look(*pair, arm.module, examples, test) for pair in pairs]
     accuracies = np.array([one["estimated"] for one in found])  # [R, len(SAMPLES)]
     running = np.array([one["running"] for one in found])
     values = (
@@ -115,7 +112,7 @@ def draw(evidence: Evidence) -> Figure:
     """Test accuracy by the number of samples."""
     figure, (axes,) = figures.panels(["Test accuracy with re-estimated statistics"], width=7)
     label = "statistics of so many samples"
-    figures.draw_band(axes, "bn", SAMPLES, evidence.picture["estimated"], label=label)
+    figures.draw_band(axes, STYLES["bn"], SAMPLES, evidence.picture["estimated"], label=label)
     axes.axhline(np.mean(evidence.picture["running"]), color="gray", linestyle=":", label="running")
     axes.set_xscale("log")
     axes.set_xlabel("training images, log scale")

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bnjax import diagnostics, initializers, models, paired
-from experiments.claims import Check, Claim, Evidence, Settings, around, measured
+from experiments.claims import STYLES, Check, Claim, Evidence, Settings, around, measured
 from experiments.lab.grids import take
 from experiments.report import figures
 
@@ -25,12 +25,12 @@ def run(settings: Settings) -> Evidence:
     width = settings.either(500, WIDTH)
     keys = paired.replicate_keys(settings.seed, settings.count(3, 5))
 
-    def make(use_batch_norm: bool) -> tuple[models.MLP, Callable]:
+    def make(norm: str | None) -> tuple[models.MLP, Callable]:
         he = initializers.he_normal
-        model = models.MLP((width,) * DEPTH, 10, use_batch_norm, kernel_init=he)
+        model = models.MLP((width,) * DEPTH, 10, norm, kernel_init=he)
         return model, jax.jit(lambda key: model.init(key, jnp.zeros((2, 784)), train=True))
 
-    made = {use: make(use) for use in (True, False)}
+    made = {True: make("batch"), False: make(None)}
 
     def measure(name: str) -> list[list[float]]:
         model, init = made[name != "no_bn"]
@@ -39,7 +39,7 @@ def run(settings: Settings) -> Evidence:
         by_key = [norms(init(key), batch) for key in keys]
         return [[float(one[f"Dense_{k}"]) ** 2 for k in range(DEPTH)] for one in by_key]
 
-    squares = settings.each([*map(str, PUBLISHED), "no_bn"], measure)
+    squares = {name: measure(name) for name in (*map(str, PUBLISHED), "no_bn")}
     growth = [[_growth(norms) for norms in found] for found in squares.values()]
     first = {name: found[0] for name, found in squares.items()}
     return Evidence(measured(CLAIM.checks, growth), first)
@@ -56,7 +56,7 @@ def draw(evidence: Evidence) -> Figure:
     figure, (axes,) = figures.panels(["Squared gradient norm at initialization"], width=7)
     for name, style in zip(evidence.picture, ("-", "--", ":", "-"), strict=True):
         label = "without BN" if name == "no_bn" else f"with BN, batch of {name}"
-        color = figures.STYLES["no_bn" if name == "no_bn" else "bn"]["color"]
+        color = STYLES["no_bn" if name == "no_bn" else "bn"]["color"]
         axes.semilogy(range(1, DEPTH + 1), evidence.picture[name], style, color=color, label=label)
     axes.set_xlabel("layer, from the input on")
     axes.set_ylabel("of what leaves the layer, log scale")

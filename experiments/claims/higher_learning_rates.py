@@ -1,10 +1,11 @@
 """Batch normalization allows learning rates at which a network without it collapses."""
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from bnjax import models, paired
-from experiments.claims import Check, Claim, Evidence, Settings, around, measured
-from experiments.lab.grids import ACTIVATION_NAMES, Cell, accuracy, epochs_of, train_grid
+from experiments.claims import STYLES, Check, Claim, Evidence, Settings, around, measured
+from experiments.lab.grids import ACTIVATION_NAMES, Cell, accuracy, by_cell, epochs_of, train_grid
 from experiments.report import figures
 
 STEPS, BATCH, STD = 50_000, 60, 0.05
@@ -22,15 +23,14 @@ def run(settings: Settings) -> Evidence:
     """Test accuracy in each cell while it trains."""
     full = epochs_of(STEPS, BATCH, settings.train)
     epochs = settings.either(min(4, full), full)
-    replicates = settings.count(2, 3)
-    keys = paired.replicate_keys(settings.seed, replicates)
+    keys = paired.replicate_keys(settings.seed, settings.count(2, 3))
 
-    def measure(part: str) -> dict[str, dict[str, list[float]]]:
-        activation, replicate = part.split()
+    def measure(activation: str) -> dict[str, dict[str, list[list[float]]]]:
         rates = [rate for name, rate in PUBLISHED if name == activation]
+        cells = [Cell(rate, lambda *_: STD) for rate in rates]
         training = train_grid(
-            [Cell(rate, lambda *_: STD) for rate in rates],
-            keys[int(replicate)][None],
+            cells,
+            keys,
             settings.train,
             settings.test,
             epochs=epochs,
@@ -38,19 +38,19 @@ def run(settings: Settings) -> Evidence:
             hidden_sizes=(100,) * 3,
             activation=models.activation(activation),
         )
-        by_epoch = [accuracy(epoch) for epoch in training]  # of [rates]
+        by_epoch = [accuracy(epoch) for epoch in training]
+        curves = {
+            arm: by_cell(np.stack([found[arm] for found in by_epoch], axis=1), cells).tolist()
+            for arm in ARMS
+        }  # [rates, R, epochs]
         return {
-            str(rate): {arm: [float(found[arm][k]) for found in by_epoch] for arm in ARMS}
+            f"{ACTIVATION_NAMES[activation]} at {rate:g}": {arm: curves[arm][k] for arm in ARMS}
             for k, rate in enumerate(rates)
         }
 
-    parts = [f"{name} {k}" for name in ("relu", "sigmoid") for k in range(replicates)]
-    done = settings.each(parts, measure)
+    done = measure("relu") | measure("sigmoid")
     curves = {
-        f"{ACTIVATION_NAMES[name]} at {rate:g}": {
-            arm: [done[f"{name} {k}"][str(rate)][arm] for k in range(replicates)] for arm in ARMS
-        }
-        for name, rate in PUBLISHED
+        cell: done[cell] for cell in (f"{ACTIVATION_NAMES[n]} at {r:g}" for n, r in PUBLISHED)
     }
     last = [[curve[-1] for curve in by_arm[arm]] for by_arm in curves.values() for arm in ARMS]
     told = f"{epochs} of {full} epochs"
@@ -63,7 +63,7 @@ def draw(evidence: Evidence) -> Figure:
     for axes, by_arm in zip(row, evidence.picture.values(), strict=True):
         for arm, values in by_arm.items():
             epochs = range(1, len(values[0]) + 1)
-            figures.draw_band(axes, arm, epochs, values, marker="")
+            figures.draw_band(axes, STYLES[arm], epochs, values, marker="")
         axes.set_xlabel("epoch")
         axes.set_ylim(0, 102)
     row[0].set_ylabel("test accuracy in percent")

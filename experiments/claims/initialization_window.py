@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bnjax import paired
-from experiments.claims import Check, Claim, Evidence, Settings, measured
+from experiments.claims import STYLES, Check, Claim, Evidence, Settings, measured
 from experiments.lab.grids import Cell, by_cell, take, train_grid
 from experiments.report import figures
 
@@ -17,29 +17,26 @@ def run(settings: Settings) -> Evidence:
     cells = [Cell(0.01, lambda *_, scale=scale: scale) for scale in SCALES]
     few = take(settings.train, EXAMPLES)
 
-    def measure(part: str) -> dict[str, list[list[float]]]:
-        keys = paired.replicate_keys(settings.seed, settings.count(3, 20))
-        *_, last = train_grid(
-            cells, keys, few, few, epochs=EPOCHS, batch_size=100, hidden_sizes=(100,) * 5
-        )
-        share = {
-            arm: np.asarray(m.correct) / np.asarray(m.examples) for arm, m in last.train.items()
-        }
-        return {arm: by_cell(values, cells).tolist() for arm, values in share.items()}
-
-    by_arm = settings.each(["accuracies"], measure)["accuracies"]
-    accuracy = {arm: np.array(values) for arm, values in by_arm.items()}  # [scales, R]
+    keys = paired.replicate_keys(settings.seed, settings.count(3, 20))
+    *_, last = train_grid(
+        cells, keys, few, few, epochs=EPOCHS, batch_size=100, hidden_sizes=(100,) * 5
+    )
+    accuracy = {
+        arm: by_cell(np.asarray(m.correct) / np.asarray(m.examples), cells)  # [scales, R]
+        for arm, m in last.train.items()
+    }
     best = np.maximum(accuracy["bn"].max(axis=0), accuracy["no_bn"].max(axis=0))
     good = {arm: (values >= 0.9 * best).sum(axis=0) for arm, values in accuracy.items()}
     values = (good["bn"] - 2 * good["no_bn"], good["bn"], good["no_bn"])
-    return Evidence(measured(CLAIM.checks, values), by_arm)
+    picture = {arm: values.tolist() for arm, values in accuracy.items()}
+    return Evidence(measured(CLAIM.checks, values), picture)
 
 
 def draw(evidence: Evidence) -> Figure:
     """Accuracy by scale."""
     figure, (axes,) = figures.panels(["Training accuracy after 20 epochs"], width=7)
     for arm, values in evidence.picture.items():
-        figures.draw_band(axes, arm, SCALES, 100 * np.transpose(values))
+        figures.draw_band(axes, STYLES[arm], SCALES, 100 * np.transpose(values))
     axes.set_xscale("log")
     axes.set_xlabel("standard deviation of the initial weights, log scale")
     axes.set_ylabel("percent")

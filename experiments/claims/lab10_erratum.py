@@ -1,5 +1,7 @@
 """The near-tie that lab 10 published is one network counted twice."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,14 +10,14 @@ from matplotlib.figure import Figure
 
 from bnjax import paired, training
 from bnjax.training import Batch, Metrics, TrainState
-from experiments.claims import Check, Claim, Evidence, Settings, measured
+from experiments.claims import LABELS, STYLES, Check, Claim, Evidence, Settings, measured
+from experiments.lab.arms import make_arms
 from experiments.lab.grids import take, train
-from experiments.lab.plan import make_arms
-from experiments.lab.presets import Lab10
-from experiments.mnist_bn import metric_lines
+from experiments.lab.metrics import curves, lines_of
+from experiments.lab.presets import LAB10
 from experiments.report import figures
 
-PRESET = Lab10()
+PRESET = LAB10
 ARMS = make_arms(PRESET)
 PRINTED = {
     "bn": (0.04811, 0.04370, 0.04125, 0.04038, 0.04072, 0.03541, 0.03800, 0.02959),
@@ -27,19 +29,14 @@ ROUNDING = float(np.finfo(np.float32).eps) / 2
 def run(settings: Settings) -> Evidence:
     """The loop as published, one network in both columns, and as meant."""
     epochs = settings.either(2, PRESET.epochs)
-    replicates = settings.count(3, 10)
-    keys = paired.replicate_keys(settings.seed, replicates)
-
-    def measure(replicate: str) -> dict[str, list]:
-        key = keys[int(replicate)]
-        return {
-            "published": _as_published(key, settings.train, epochs),
-            "meant": _as_meant(key, settings, epochs),
-        }
-
-    done = settings.each([*map(str, range(replicates))], measure).values()
-    published = np.array([one["published"] for one in done])  # [R, epochs, 4]
-    meant = np.array([one["meant"] for one in done])  # [R, epochs, arms]
+    keys = paired.replicate_keys(settings.seed, settings.count(3, 10))
+    published = _as_published(keys, settings.train, epochs)  # [R, epochs, 4]
+    trained = train(
+        ARMS, keys, settings.train, settings.test, epochs=epochs, batch_size=PRESET.batch_size
+    )
+    lines = [line for epoch in trained for line in lines_of(epoch, PRESET.arms)]
+    losses = [of_arm["test_loss"].T for of_arm in curves(lines, PRESET.arms).values()]
+    meant = np.stack(losses, axis=-1)  # [R, epochs, arms]
     columns, expected, bound = published[..., :2], published[..., 2], published[..., 3]
     difference = columns[..., 0] - columns[..., 1]
     values = (
@@ -51,24 +48,33 @@ def run(settings: Settings) -> Evidence:
     return Evidence(measured(CLAIM.checks, values), picture)
 
 
-def _as_published(key: Array, examples: Batch, epochs: int) -> list[list[float]]:
+def _as_published(keys: Array, examples: Batch, epochs: int) -> np.ndarray:
     """For each epoch, both columns, what should lie between them, and its error at most."""
     arm, _ = ARMS
     examples = jax.tree.map(jnp.asarray, examples)
-    init_key = paired.derive(key, "init bn")
-    state = training.create_state(arm.module, arm.optimizer, init_key, examples.images[:2])
-    rows = []
+
+    def create(key: Array) -> TrainState:
+        init_key = paired.derive(key, "init bn")
+        return training.create_state(arm.module, arm.optimizer, init_key, examples.images[:2])
+
+    @jax.jit
+    def train_epoch(states: TrainState, epoch: Array) -> tuple[TrainState, Array]:
+        def of_replicate(replicate: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
+            state, key = replicate
+            order = paired.derive(key, "order", epoch)
+            size = PRESET.batch_size
+            state, steps = training.train_epoch(
+                state, examples, order, batch_size=size, step=_call_twice
+            )
+            return state, _validate(state, examples, steps.loss[-1] / steps.examples[-1])
+
+        return lax.map(of_replicate, (states, keys))
+
+    states, rows = jax.jit(partial(lax.map, create))(keys), []
     for epoch in range(1, epochs + 1):
-        state, steps = training.train_epoch(
-            state,
-            examples,
-            paired.derive(key, "order", epoch),
-            batch_size=PRESET.batch_size,
-            step=_call_twice,
-        )
-        last = steps.loss[-1] / steps.examples[-1]
-        rows.append([float(value) for value in _validate(state, examples, last)])
-    return rows
+        states, row = train_epoch(states, jnp.asarray(epoch))
+        rows.append(row)
+    return np.stack(rows, axis=1).astype(np.float64)
 
 
 def _call_twice(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -79,8 +85,7 @@ def _call_twice(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     return state.replace(batch_stats=updates["batch_stats"]), metrics
 
 
-@jax.jit
-def _validate(state: TrainState, examples: Batch, last: Array) -> tuple[Array, ...]:
+def _validate(state: TrainState, examples: Batch, last: Array) -> Array:
     """Sums batch by batch, as the notebook does: one from 0, one from the last training loss."""
     size = PRESET.batch_size
     batches = len(examples.labels) // size
@@ -95,20 +100,7 @@ def _validate(state: TrainState, examples: Batch, last: Array) -> tuple[Array, .
     bn, bn_sums = lax.scan(add, last, losses)
     no_bn, no_bn_sums = lax.scan(add, jnp.zeros_like(last), losses)
     bound = ROUNDING * (bn_sums.sum() + no_bn_sums.sum() + bn + no_bn) / batches
-    return bn / batches, no_bn / batches, last / batches, bound
-
-
-def _as_meant(key: Array, settings: Settings, epochs: int) -> list[list[float]]:
-    """Test loss of both networks after each epoch."""
-    trained = train(
-        ARMS,
-        key[None],
-        settings.train,
-        settings.test,
-        epochs=epochs,
-        batch_size=PRESET.batch_size,
-    )
-    return [[line["test_loss"] for line in metric_lines(epoch)] for epoch in trained]
+    return jnp.stack([bn / batches, no_bn / batches, last / batches, bound])
 
 
 def draw(evidence: Evidence) -> Figure:
@@ -118,9 +110,11 @@ def draw(evidence: Evidence) -> Figure:
     for column, arm in enumerate(PRINTED):
         values = np.array(evidence.picture["published"])[:, column]
         epochs = range(1, len(values) + 1)
-        label = f'"{figures.LABELS[arm]}"'
-        figures.draw_band(left, arm, epochs, values[None], label=label, alpha=0.6)
-        figures.draw_band(right, arm, epochs, np.array(evidence.picture["meant"])[:, :, column])
+        label = f'"{LABELS[arm]}"'
+        figures.draw_band(left, STYLES[arm], epochs, values[None], label=label, alpha=0.6)
+        figures.draw_band(
+            right, STYLES[arm], epochs, np.array(evidence.picture["meant"])[:, :, column]
+        )
     left.plot(range(1, 9), PRINTED["bn"], "kx", label="printed, first eight")
     left.set_ylabel("loss in nats, over the training set")
     right.set_ylabel("loss in nats, over the test set")

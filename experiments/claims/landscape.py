@@ -1,7 +1,6 @@
 """Batch normalization smooths the landscape of the loss, and does not need steady inputs for it."""
 
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,16 +10,17 @@ import optax
 from jax import Array
 from matplotlib.figure import Figure
 
-from bnjax import diagnostics, initializers, models, paired
+from bnjax import diagnostics, initializers, models, norms, paired
+from bnjax.norms import Norm
 from bnjax.paired import Arm
 from bnjax.training import Batch
-from experiments.claims import Check, Claim, Evidence, Settings, measured
+from experiments.claims import STYLES, Check, Claim, Evidence, Settings, measured
 from experiments.lab.grids import accuracy, take, train
 from experiments.report import figures
 
 RATE, BATCH, EXAMPLES = 0.1, 100, 10_000
 STEP_SIZES = tuple(float(size) for size in RATE * np.linspace(0.5, 4, 8))
-ARMS = ("bn", "no_bn", "noisy_bn")
+HELD = ("bn", "no_bn")
 
 
 class NoisyBatchNorm(nn.Module):
@@ -37,7 +37,7 @@ class NoisyBatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Normalizes `x`, `[N, H]`, and adds the noise."""
-        x = models.TORCH_BATCH_NORM(use_running_average=self.use_running_average)(x)
+        x = norms.norm("batch")(not self.use_running_average)(x)
         if self.use_running_average:
             return 1.125 * x
         keys = jax.random.split(self.make_rng("dropout"), 4)
@@ -49,61 +49,65 @@ class NoisyBatchNorm(nn.Module):
         return s * x + m
 
 
+def _noisy(train: bool) -> nn.Module:
+    return NoisyBatchNorm(use_running_average=not train)
+
+
+NORMS: dict[str, str | Norm | None] = {"bn": "batch", "no_bn": None, "noisy_bn": _noisy}
+
+
 def run(settings: Settings) -> Evidence:
     """Variation of loss and gradient along the gradient, while the networks train."""
-    replicates = settings.count(3, 10)
-    keys = paired.replicate_keys(settings.seed, replicates)
+    keys = paired.replicate_keys(settings.seed, settings.count(3, 10))
     examples = take(settings.train, EXAMPLES)
     probe = take(examples, 500)
     optimizer = optax.sgd(RATE)
-    arms = [Arm(name, _network(name), optimizer) for name in ARMS]
-
-    def measure(replicate: str) -> dict[str, Any]:
-        training = train(
-            arms,
-            keys[int(replicate)][None],
-            examples,
-            settings.test,
-            epochs=settings.either(10, 30),
-            batch_size=BATCH,
+    networks = {name: _network(norm) for name, norm in NORMS.items()}
+    by_epoch: list[dict[str, tuple[Array, Array]]] = []
+    for epoch in train(
+        [Arm(name, network, optimizer) for name, network in networks.items()],
+        keys,
+        examples,
+        settings.test,
+        epochs=settings.either(10, 30),
+        batch_size=BATCH,
+    ):
+        by_epoch.append(
+            {arm: _vary(networks[arm], epoch.states[arm].variables, probe) for arm in HELD}
         )
-        found: dict[str, Any] = {arm: {"loss": [], "gradient": []} for arm in ARMS[:2]}
-        for epoch in training:
-            for arm, seen in found.items():
-                variables = jax.tree.map(lambda a: a[0], epoch.states[arm].variables)
-                variation, distance = _vary(arm, variables, probe)
-                seen["loss"].append(float(variation))
-                seen["gradient"].append(float(distance))
-        found["accuracy"] = {arm: float(value[0]) for arm, value in accuracy(epoch).items()}
-        return found
-
-    done = list(settings.each([*map(str, range(replicates))], measure).values())
+    last = accuracy(epoch)
     by_arm = {
-        arm: {what: [one[arm][what] for one in done] for what in ("loss", "gradient")}
-        for arm in ARMS[:2]
-    }
-    last = {arm: np.array([one["accuracy"][arm] for one in done]) for arm in ARMS}
+        arm: {
+            what: np.stack([found[arm][k] for found in by_epoch], axis=1)
+            for k, what in enumerate(("loss", "gradient"))
+        }
+        for arm in HELD
+    }  # [R, epochs]
     values = (
         *(_ratio(by_arm["bn"][what], by_arm["no_bn"][what]) for what in by_arm["bn"]),
         last["noisy_bn"] - last["no_bn"],
         last["noisy_bn"] - last["bn"],
     )
-    return Evidence(measured(CLAIM.checks, values), by_arm)
+    picture = {arm: {k: v.tolist() for k, v in found.items()} for arm, found in by_arm.items()}
+    return Evidence(measured(CLAIM.checks, values), picture)
 
 
-def _network(name: str) -> models.MLP:
-    kind = NoisyBatchNorm if name == "noisy_bn" else models.TORCH_BATCH_NORM
-    he = initializers.he_normal
-    return models.MLP((64,) * 10, 10, name != "no_bn", kernel_init=he, batch_norm=kind)
+def _network(norm: str | Norm | None) -> models.MLP:
+    return models.MLP((64,) * 10, 10, norm, kernel_init=initializers.he_normal)
 
 
 @partial(jax.jit, static_argnums=0)
-def _vary(arm: str, variables: diagnostics.Variables, batch: Batch) -> tuple[Array, Array]:
-    found = diagnostics.landscape(_network(arm), variables, batch, step_sizes=STEP_SIZES)
-    return jnp.ptp(found["losses"]), found["gradient_distances"].max()
+def _vary(model: models.MLP, variables: diagnostics.Variables, batch: Batch) -> tuple[Array, Array]:
+    """Range of the loss and largest change of the gradient, `[R]` each."""
+
+    def vary(variables: diagnostics.Variables) -> tuple[Array, Array]:
+        found = diagnostics.landscape(model, variables, batch, step_sizes=STEP_SIZES)
+        return jnp.ptp(found["losses"]), found["gradient_distances"].max()
+
+    return jax.lax.map(vary, variables)
 
 
-def _ratio(bn: list[list[float]], no_bn: list[list[float]]) -> np.ndarray:
+def _ratio(bn: np.ndarray, no_bn: np.ndarray) -> np.ndarray:
     """Of the means over the epochs in which both are finite: a network may diverge."""
     both = np.isfinite(bn) & np.isfinite(no_bn)
     return np.mean(bn, axis=1, where=both) / np.mean(no_bn, axis=1, where=both)
@@ -116,7 +120,7 @@ def draw(evidence: Evidence) -> Figure:
     for axes, what in zip(row, titles, strict=True):
         for arm, found in evidence.picture.items():
             epochs = range(1, len(found[what][0]) + 1)
-            figures.draw_band(axes, arm, epochs, found[what], marker="")
+            figures.draw_band(axes, STYLES[arm], epochs, found[what], marker="")
         axes.set_xlabel("epoch")
         axes.set_yscale("log")
         axes.legend(frameon=False)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from bnjax import diagnostics, models, paired
 from bnjax.training import Batch
-from experiments.claims import Check, Claim, Evidence, Settings, measured
+from experiments.claims import STYLES, Check, Claim, Evidence, Settings, measured
 from experiments.lab.grids import Cell, accuracy, epochs_of, networks, take, train_grid
 from experiments.report import figures
 
@@ -21,50 +21,47 @@ def run(settings: Settings) -> Evidence:
     """Accuracy and percentiles after every epoch of 1,000 steps."""
     full = epochs_of(STEPS, BATCH, settings.train)
     epochs = settings.either(min(10, full), full)
-    replicates = settings.count(3, 5)
-    keys = paired.replicate_keys(settings.seed, replicates)
+    keys = paired.replicate_keys(settings.seed, settings.count(3, 5))
     probe = take(settings.test, 1000)
-
-    def measure(replicate: str) -> dict[str, dict[str, list]]:
-        training = train_grid(
-            [Cell(RATE, lambda *_: STD)],
-            keys[int(replicate)][None],
-            settings.train,
-            settings.test,
-            epochs=epochs,
-            batch_size=BATCH,
-            **FIELDS,
-        )
-        found: dict[str, dict[str, list]] = {
-            arm: {"accuracy": [], "percentiles": []} for arm in networks()
-        }
-        for epoch in training:
-            for arm, values in accuracy(epoch).items():
-                variables = jax.tree.map(lambda a: a[0], epoch.states[arm].variables)
-                percentiles = _percentiles(arm, variables, probe)  # [3, H]
-                found[arm]["accuracy"].append(float(values[0]))
-                found[arm]["percentiles"].append(np.asarray(percentiles).round(4).tolist())
-        return found
-
-    done = settings.each([*map(str, range(replicates))], measure)
-    by_arm = {
-        arm: {what: np.array([one[arm][what] for one in done.values()]) for what in found}
-        for arm, found in done["0"].items()
+    found: dict[str, dict[str, list]] = {
+        arm: {"accuracy": [], "percentiles": []} for arm in networks()
     }
-    values = _compare(by_arm)
+    for epoch in train_grid(
+        [Cell(RATE, lambda *_: STD)],
+        keys,
+        settings.train,
+        settings.test,
+        epochs=epochs,
+        batch_size=BATCH,
+        **FIELDS,
+    ):
+        for arm, values in accuracy(epoch).items():
+            percentiles = _percentiles(arm, epoch.states[arm].variables, probe)  # [R, 3, H]
+            found[arm]["accuracy"].append(values)
+            found[arm]["percentiles"].append(np.asarray(percentiles))
+    by_arm = {
+        arm: {what: np.stack(values, axis=1) for what, values in of_arm.items()}
+        for arm, of_arm in found.items()
+    }  # [R, epochs, ...]
     steps = len(settings.train.labels) // BATCH
     picture = {
         "steps": [steps * number for number in range(1, epochs + 1)],
         "accuracy": {arm: found["accuracy"].tolist() for arm, found in by_arm.items()},
-        "unit": {arm: found["percentiles"][0, :, :, 0].tolist() for arm, found in by_arm.items()},
+        "unit": {
+            arm: found["percentiles"][0, :, :, 0].round(4).tolist() for arm, found in by_arm.items()
+        },
     }
-    return Evidence(measured(CLAIM.checks, values), picture)
+    return Evidence(measured(CLAIM.checks, _compare(by_arm)), picture)
 
 
 @partial(jax.jit, static_argnums=0)
 def _percentiles(arm: str, variables: diagnostics.Variables, batch: Batch) -> jax.Array:
     model = networks(**FIELDS)[arm]
-    return diagnostics.activation_percentiles(model, variables, batch)["percentiles_3"]
+
+    def of_replicate(variables: diagnostics.Variables) -> jax.Array:
+        return diagnostics.activation_percentiles(model, variables, batch)["percentiles_3"]
+
+    return jax.lax.map(of_replicate, variables)
 
 
 def _compare(by_arm: dict[str, dict[str, np.ndarray]]) -> list[np.ndarray]:
@@ -101,14 +98,14 @@ def draw(evidence: Evidence) -> Figure:
     figure, (first, *others) = figures.panels(titles)
     steps = np.array(evidence.picture["steps"]) / 1000
     for arm, values in evidence.picture["accuracy"].items():
-        figures.draw_band(first, arm, steps, values, marker="")
+        figures.draw_band(first, STYLES[arm], steps, values, marker="")
     first.set_ylabel("percent")
     first.set_ylim(bottom=min(75, *np.ravel([*evidence.picture["accuracy"].values()])))
     first.legend(frameon=False)
     for axes, arm in zip(others, ("no_bn", "bn"), strict=True):
         for line, style in zip(np.transpose(evidence.picture["unit"][arm]), "-~-", strict=True):
             width = 2.2 if style == "~" else 1.0
-            axes.plot(steps, line, color=figures.STYLES[arm]["color"], linewidth=width)
+            axes.plot(steps, line, color=STYLES[arm]["color"], linewidth=width)
         axes.sharey(others[0])
     others[0].set_ylabel("15th, 50th, 85th percentile of a last unit's input")
     for axes in (first, *others):

@@ -5,11 +5,12 @@ from matplotlib.figure import Figure
 
 from bnjax import diagnostics, initializers, models, paired
 from bnjax.training import to_float
-from experiments.claims import Check, Claim, Evidence, Settings, measured
+from experiments.claims import STYLES, Check, Claim, Evidence, Settings, measured
 from experiments.lab.grids import take
 from experiments.report import figures
 
 DEPTH, WIDTH, BATCH = 30, 128, 128
+NORMS = {"bn": "batch", "no_bn": None}
 
 
 def run(settings: Settings) -> Evidence:
@@ -18,7 +19,7 @@ def run(settings: Settings) -> Evidence:
     batch = take(settings.train, BATCH)
 
     def measure(name: str) -> dict[str, list[list[float]]]:
-        model = models.MLP((WIDTH,) * DEPTH, 10, name == "bn", kernel_init=initializers.he_normal)
+        model = models.MLP((WIDTH,) * DEPTH, 10, NORMS[name], kernel_init=initializers.he_normal)
 
         @jax.jit
         def probe(key: jax.Array) -> dict[str, jax.Array]:
@@ -30,7 +31,7 @@ def run(settings: Settings) -> Evidence:
         found = [probe(key) for key in keys]
         return {what: [one[what].tolist() for one in found] for what in found[0]}
 
-    by_arm = settings.each(["bn", "no_bn"], measure)
+    by_arm = {name: measure(name) for name in NORMS}
     ranks = {name: [layers[-1] for layers in by_arm[name]["effective_rank"]] for name in by_arm}
     ratio = [bn / max(no_bn, 1) for bn, no_bn in zip(ranks["bn"], ranks["no_bn"], strict=True)]
     cosines = [layers[-1] for layers in by_arm["no_bn"]["cosine_similarity"]]
@@ -44,7 +45,7 @@ def draw(evidence: Evidence) -> Figure:
     figure, row = figures.panels(list(titles.values()))
     for axes, what in zip(row, titles, strict=True):
         for name, probes in evidence.picture.items():
-            figures.draw_band(axes, name, range(1, DEPTH + 1), probes[what])
+            figures.draw_band(axes, STYLES[name], range(1, DEPTH + 1), probes[what])
         axes.set_xlabel("layer, from the input on")
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from bnjax import paired
 from bnjax.functional import BatchStats, batch_norm_train
 from bnjax.training import cross_entropy
-from experiments.claims import Check, Claim, Evidence, Settings, measured
+from experiments.claims import STYLES, Check, Claim, Evidence, Settings, measured
 from experiments.lab.grids import take
 from experiments.report import figures
 
@@ -96,7 +96,7 @@ def draw(evidence: Evidence) -> Figure:
     figure, (axes,) = figures.panels(["Relative errors in float64"], width=7)
     for row, values in enumerate(evidence.picture.values()):
         shown = np.maximum(values, 1e-18)
-        axes.plot(shown, np.full(len(shown), row), "o", color=figures.STYLES["bn"]["color"])
+        axes.plot(shown, np.full(len(shown), row), "o", color=STYLES["bn"]["color"])
     axes.axvline(TOLERANCE, color="gray", linestyle=":", label="allowed")
     axes.set_xscale("log")
     axes.set_yticks(range(len(evidence.picture)), list(evidence.picture))

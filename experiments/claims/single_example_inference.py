@@ -10,14 +10,13 @@ from matplotlib.figure import Figure
 
 from bnjax import diagnostics, paired
 from bnjax.training import Batch, TrainState
-from experiments.claims import Check, Claim, Evidence, Settings, measured
-from experiments.lab.grids import take, train, unstack
-from experiments.lab.plan import make_arms
-from experiments.lab.presets import Lab10
+from experiments.claims import STYLES, Check, Claim, Evidence, Settings, measured
+from experiments.lab.arms import make_arms
+from experiments.lab.grids import accuracy_of, predict, take, train, unstack
+from experiments.lab.presets import LAB10
 from experiments.report import figures
-from experiments.train_eval_mode import accuracy, predict
 
-PRESET = Lab10()
+PRESET = LAB10
 EPOCHS = 10
 
 
@@ -26,18 +25,15 @@ def run(settings: Settings) -> Evidence:
     keys = paired.replicate_keys(settings.seed, settings.count(3, 10))
     arm = make_arms(PRESET)[0]
 
-    def measure(part: str) -> list[dict[str, Any]]:
-        *_, last = train(
-            [arm],
-            keys,
-            settings.train,
-            settings.test,
-            epochs=settings.either(1, EPOCHS),
-            batch_size=PRESET.batch_size,
-        )
-        return [_look(arm.module, state, settings.test) for state in unstack(last.states["bn"])]
-
-    found = settings.each(["replicates"], measure)["replicates"]
+    *_, last = train(
+        [arm],
+        keys,
+        settings.train,
+        settings.test,
+        epochs=settings.either(1, EPOCHS),
+        batch_size=PRESET.batch_size,
+    )
+    found = [_look(arm.module, state, settings.test) for state in unstack(last.states["bn"])]
     names = ("commonest", "refused", "accuracy", "twice", "changed")
     values = [[one[name] for one in found] for name in names]
     picture = {"votes": found[0]["votes"]}
@@ -53,8 +49,8 @@ def _look(model: nn.Module, state: TrainState, test: Batch) -> dict[str, Any]:
     return {
         "commonest": 100 * float(votes[0].max() / votes[0].sum()),
         "refused": float(_is_refused(state, images[:1])),
-        "accuracy": 100 * accuracy(alone, test.labels),
-        "twice": 100 * accuracy(twice, test.labels),
+        "accuracy": 100 * accuracy_of(alone, test.labels),
+        "twice": 100 * accuracy_of(twice, test.labels),
         "changed": 100 * float(hundred["changed"]),
         "votes": [counts.tolist() for counts in votes],
     }
@@ -72,7 +68,7 @@ def draw(evidence: Evidence) -> Figure:
     """The classes that single images get in both modes."""
     figure, row = figures.panels(["Batch statistics, fed twice", "Population statistics"])
     for axes, votes in zip(row, evidence.picture["votes"], strict=True):
-        axes.bar(range(10), votes, color=figures.STYLES["bn"]["color"])
+        axes.bar(range(10), votes, color=STYLES["bn"]["color"])
         axes.set_xticks(range(10))
         axes.set_xlabel("predicted class")
         axes.set_ylabel("test images")

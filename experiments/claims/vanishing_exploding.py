@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from bnjax import diagnostics, models, paired
 from bnjax.training import Batch
-from experiments.claims import Check, Claim, Evidence, Settings, measured
+from experiments.claims import LABELS, STYLES, Check, Claim, Evidence, Settings, measured
 from experiments.lab.grids import (
     ACTIVATION_NAMES,
     Cell,
@@ -73,7 +73,7 @@ def run(settings: Settings) -> Evidence:
             found[arm]["accuracy"] = by_cell(values, cells).tolist()
         return found
 
-    by_activation = settings.each(list(ACTIVATION_NAMES), measure)
+    by_activation = {name: measure(name) for name in ACTIVATION_NAMES}
     values = [
         by_activation[activation][arm]["accuracy"][GRID.index((init, rate))]
         for activation, init, rate, arm in SETTINGS
@@ -110,8 +110,8 @@ def draw(evidence: Evidence) -> Figure:
     for axes, when in zip(row[2:], ("before", "after"), strict=True):
         for name, init, arm, style in DRAWN:
             norms = evidence.picture[name][arm][when][GRID.index((init, 0.1))]
-            label = f"{ACTIVATION_NAMES[name]}, {init}, {figures.LABELS[arm]}"
-            color = figures.STYLES[arm]["color"]
+            label = f"{ACTIVATION_NAMES[name]}, {init}, {LABELS[arm]}"
+            color = STYLES[arm]["color"]
             axes.semilogy(range(1, DEPTH + 2), norms, style, color=color, label=label)
         axes.set_xlabel("layer, from the input on; learning rate 0.1")
         axes.sharey(row[2])
@@ -137,7 +137,7 @@ SETTINGS = {  # activation, initial weights, learning rate, arm: what is said of
 
 def _check(setting: tuple[str, str, float, str], said: str) -> Check:
     name, init, rate, arm = setting
-    with_bn = figures.LABELS[arm]
+    with_bn = LABELS[arm]
     quantity = f"test accuracy in %, {ACTIVATION_NAMES[name]}, {init}, rate {rate:g}, {with_bn}"
     return Check(quantity, said, high=25.0) if said == BROKEN else Check(quantity, said, low=50.0)
 

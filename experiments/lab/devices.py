@@ -13,10 +13,9 @@ import jax
 import psutil
 from jax.sharding import Mesh
 
-from bnjax.paired import Arm, Lane
+from bnjax.paired import Arm, Placement
 from bnjax.parallel import processes
 from bnjax.parallel.mesh import make_mesh, parse_mesh
-from experiments.lab.options import Execution
 
 # JAX opens threads for each; some hundreds end the program.
 MAX_CPUS = 64
@@ -24,13 +23,13 @@ MAX_CPUS = 64
 CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
-def cache_programs(directory: Path) -> None:
+def enable_compilation_cache(directory: Path) -> None:
     """Keeps compiled programs in `directory`, for the next run to load."""
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def open_cpus(count: int | None = None) -> None:
+def set_cpu_devices(count: int | None = None) -> None:
     """Makes so many devices of the CPU, by default one of each core, and at most `MAX_CPUS`.
 
     `XLA_FLAGS` that say how many, and a JAX that runs already, are left as they are.
@@ -51,7 +50,7 @@ def describe() -> dict[str, Any]:
     }
 
 
-def make_lanes(arms: tuple[Arm, ...], mesh: str, replicates: int) -> list[Lane]:
+def make_placements(arms: tuple[Arm, ...], mesh: str, replicates: int) -> list[Placement]:
     """Deals arms and replicates to devices.
 
     A CPU's cores become devices, unless `XLA_FLAGS` already says how many there are. Every arm is
@@ -71,7 +70,9 @@ def make_lanes(arms: tuple[Arm, ...], mesh: str, replicates: int) -> list[Lane]:
     wanted = {} if mesh == "auto" else parse_mesh(mesh)
     together = jax.distributed.is_initialized()
     if not together:
-        open_cpus(math.prod(wanted.values()) if wanted else min(_cores(), len(arms) * replicates))
+        set_cpu_devices(
+            math.prod(wanted.values()) if wanted else min(_cores(), len(arms) * replicates)
+        )
     devices = _devices()
     programs = [(arm,) for arm in arms] if devices[0].platform == "cpu" else [arms]
     if together:
@@ -82,7 +83,7 @@ def make_lanes(arms: tuple[Arm, ...], mesh: str, replicates: int) -> list[Lane]:
         size = min(replicates, len(devices) // len(programs) or len(devices))
         starts = range(0, len(devices) - size + 1, size)
         meshes = [make_mesh(size, 1, devices[k : k + size]) for k in starts]
-    return [Lane(*deal) for deal in zip(programs, itertools.cycle(meshes), strict=False)]
+    return [Placement(*deal) for deal in zip(programs, itertools.cycle(meshes), strict=False)]
 
 
 def _span_hosts(wanted: dict[str, int], replicates: int) -> Mesh:
@@ -105,18 +106,20 @@ def _span_hosts(wanted: dict[str, int], replicates: int) -> Mesh:
     return make_mesh(wanted.get("replicate", count), wanted.get("data", 1))
 
 
-def join_processes(execution: Execution) -> None:
+def join_processes(mesh: str, coordinator: str | None, count: int | None, own: int | None) -> None:
     """Joins the other processes, each with its share of the mesh where the devices are CPUs.
+
+    Args:
+        mesh: as `make_placements` takes it.
+        coordinator, count, own: as `processes.start` takes them.
 
     Raises:
         ValueError: if they do not come together.
     """
-    count = 1
-    if execution.mesh != "auto" and execution.num_processes:
-        count = math.prod(parse_mesh(execution.mesh).values()) // execution.num_processes
-    open_cpus(max(count, 1))
+    share = math.prod(parse_mesh(mesh).values()) // count if count and mesh != "auto" else 1
+    set_cpu_devices(max(share, 1))
     _keep_stdout()
-    processes.start(execution.coordinator, execution.num_processes, execution.process_id)
+    processes.start(coordinator, count, own)
 
 
 def _keep_stdout() -> None:
@@ -135,12 +138,12 @@ def _devices() -> list[jax.Device]:
         raise ValueError(f"JAX finds no device ({reason}): see JAX_PLATFORMS, XLA_FLAGS") from error
 
 
-def memory(lanes: Sequence[Lane]) -> int:
-    """Bytes of memory on the accelerators of the lanes together, or of a machine without any.
+def memory(placements: Sequence[Placement]) -> int:
+    """Bytes of memory on the accelerators of the placements together, or of a machine without any.
 
     A container may have less than its machine: Linux tells by its control group.
     """
-    used = {device for lane in lanes for device in lane.mesh.devices.flat}
+    used = {device for one in placements for device in one.mesh.devices.flat}
     own = jax.local_devices()[0].memory_stats()  # a process cannot ask for those of another
     if own:
         return len(used) * own["bytes_limit"]

@@ -1,4 +1,8 @@
-"""Which replicates stopped being finite, and where: found after each epoch, kept in a file."""
+"""Which replicates stopped being finite, and where: found after each epoch, kept in a file.
+
+A divergence is `{arm, replicate, epoch, step, layer}`, counted as there. Without a step all steps
+were finite and the evaluation after them was not; without a layer nobody could find it.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -6,138 +10,115 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import Array
 
 from bnjax import divergence, paired
 from bnjax.errors import CheckpointError
-from bnjax.paired import Epoch, States
+from bnjax.paired import Epoch, States, Trainer
 from bnjax.parallel import processes
-from bnjax.training import Batch, TrainState
-from experiments.lab import metrics, rundir
+from bnjax.training import TrainState
+from experiments.lab import rundir
 
 FILE = "divergences.json"
 
 
 def find(epoch: Epoch, known: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The replicates that stopped being finite in an epoch.
+    """The replicates that stopped being finite in an epoch, their layers still None.
 
     Args:
-        epoch: what it left behind.
-        known: those of earlier epochs.
-
-    Returns:
-        `{arm, replicate, epoch, step, layer}` of each, counted as there, the layer still None.
-        Without a step all of them were finite, and the evaluation after them was not.
+        epoch: what it left behind, as NumPy can read it.
+        known: divergences of earlier epochs.
     """
-    seen = {(mark["arm"], mark["replicate"]) for mark in known}
-    return [
-        {"arm": arm, "replicate": replicate, "epoch": epoch.number, "step": step, "layer": None}
-        for arm, replicate, step in _lost(epoch)
-        if (arm, replicate) not in seen
-    ]
+    seen = {(one["arm"], one["replicate"]) for one in known}
+    found = []
+    for arm, steps in epoch.steps.items():
+        losses = np.stack([epoch.train[arm].loss, epoch.test[arm].loss])
+        evaluated = np.isfinite(losses).all(axis=0)
+        for replicate, of_steps in enumerate(np.asarray(steps.loss)):
+            step = divergence.first_step(of_steps)
+            if (step or not evaluated[replicate]) and (arm, replicate) not in seen:
+                place = {"arm": arm, "replicate": replicate, "epoch": epoch.number, "step": step}
+                found.append({**place, "layer": None})
+    return found
 
 
 def locate(
-    marks: Sequence[dict[str, Any]],
-    epoch: Epoch,
-    keys: Array,
-    train: Batch,
-    test: Batch,
-    batch_size: int,
-    before: Callable[[], States],
-    shares: int = 1,
+    found: Sequence[dict[str, Any]], trainer: Trainer, epoch: Epoch, before: Callable[[], States]
 ) -> None:
     """Gives each of an epoch's divergences its layer: the first that was not finite.
 
     Args:
-        marks: from `find`.
+        found: from `find`.
+        trainer: what the epoch was trained with.
         epoch: what it left behind.
-        keys: of the replicates, `[R]`.
-        train: the training set.
-        test: the test set.
-        batch_size: examples per step.
         before: gives the states before the epoch.
-        shares: parts of each batch that were normalized on their own.
     """
-    states = processes.gather(before()) if any(mark["step"] for mark in marks) else {}
-    ended = {mark["arm"] for mark in marks if not mark["step"]}
+    states = processes.gather(before()) if any(one["step"] for one in found) else {}
+    ended = {one["arm"] for one in found if not one["step"]}
     after = {arm: processes.gather(epoch.states[arm]) for arm in ended}
-    for mark in marks:
-        arm, replicate, step = mark["arm"], mark["replicate"], mark["step"]
+    local = trainer.statistics == "local"
+    for one in found:
+        arm, replicate, step = one["arm"], one["replicate"], one["step"]
         if step:
             state, batch = divergence.replay(
-                _pick(states, arm, replicate),
-                train,
-                paired.derive(keys[replicate], "order", epoch.number),
+                _pick(states[arm], replicate),
+                trainer.train,
+                paired.derive(trainer.keys[replicate], "order", epoch.number),
                 step=step,
-                batch_size=batch_size,
-                shares=shares,
+                batch_size=trainer.batch_size,
+                shares=trainer.placements[0].mesh.shape["data"] if local else 1,
             )
         else:
-            state = _pick(after, arm, replicate)
-            batch = train if np.isfinite(epoch.test[arm].loss[replicate]) else test
-        mark["layer"] = divergence.first_layer(state, batch, train=bool(step))
+            state, on_train = _pick(after[arm], replicate), epoch.train[arm].loss[replicate]
+            batch = trainer.train if not np.isfinite(on_train) else trainer.test
+        one["layer"] = divergence.first_layer(state, batch, train=bool(step))
 
 
-def _lost(epoch: Epoch) -> list[tuple[str, int, int | None]]:
-    """Arm, replicate and step of all that is not finite."""
-    found = []
-    for arm, steps in epoch.steps.items():
-        ends = np.stack([epoch.train[arm].loss, epoch.test[arm].loss])
-        evaluated = np.isfinite(ends).all(axis=0)
-        for replicate, losses in enumerate(np.asarray(steps.loss)):
-            step = divergence.first_step(losses)
-            if step or not evaluated[replicate]:
-                found.append((arm, replicate, step))
-    return found
+def _pick(state: TrainState, replicate: int) -> TrainState:
+    return jax.tree.map(lambda leaf: leaf[replicate], state)
 
 
-def _pick(states: States, arm: str, replicate: int) -> TrainState:
-    return jax.tree.map(lambda leaf: leaf[replicate], states[arm])
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Those of a run.
+def read(path: Path, arms: Sequence[str]) -> list[dict[str, Any]]:
+    """Those of a run of these arms.
 
     Raises:
         CheckpointError: if they cannot be read.
     """
     file = path / FILE
-    marks = rundir.parse(file, file.read_bytes()) if file.exists() else []
-    if not isinstance(marks, list) or not all(map(_is_mark, marks)):
+    found = rundir.parse(file, file.read_bytes()) if file.exists() else []
+    if not isinstance(found, list) or not all(_is_divergence(one, arms) for one in found):
         raise CheckpointError(f"{file} is damaged: it is no list of divergences")
-    return marks
+    return found
 
 
-def _is_mark(mark: Any) -> bool:
+def _is_divergence(one: Any, arms: Sequence[str]) -> bool:
     return (
-        isinstance(mark, dict)
-        and all(type(mark.get(name)) is int for name in ("replicate", "epoch"))
-        and type(mark.get("step", "")) in (int, type(None))
-        and type(mark.get("layer", 0)) in (str, type(None))
-        and mark.get("arm") in metrics.ARMS
+        isinstance(one, dict)
+        and all(type(one.get(name)) is int for name in ("replicate", "epoch"))
+        and type(one.get("step", "")) in (int, type(None))
+        and type(one.get("layer", 0)) in (str, type(None))
+        and one.get("arm") in arms
     )
 
 
-def truncate(path: Path, epochs: int) -> list[dict[str, Any]]:
+def truncate(path: Path, arms: Sequence[str], epochs: int) -> list[dict[str, Any]]:
     """Drops those of epochs after the first `epochs`; returns the others."""
-    marks = read(path)
-    kept = [mark for mark in marks if mark["epoch"] <= epochs]
-    if kept != marks:
+    found = read(path, arms)
+    kept = [one for one in found if one["epoch"] <= epochs]
+    if kept != found:
         write(path, kept)
     return kept
 
 
-def write(path: Path, marks: Sequence[Mapping[str, Any]]) -> None:
+def write(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
     """Keeps those of a run."""
-    rundir.write_json(path / FILE, marks)
+    rundir.write_json(path / FILE, found)
 
 
-def describe(mark: Mapping[str, Any]) -> str:
+def describe(one: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     """In words."""
-    when = f"in step {mark['step']} of" if mark["step"] else "in the evaluation after"
-    layer = mark["layer"] and f"; not finite from {mark['layer']} on"
-    if layer and mark["layer"] == divergence.LOSS:
+    when = f"in step {one['step']} of" if one["step"] else "in the evaluation after"
+    layer = one["layer"] and f"; not finite from {one['layer']} on"
+    if layer and one["layer"] == divergence.LOSS:
         layer = "; all layers were finite, the loss was not"
-    arm, replicate, epoch = metrics.LABELS[mark["arm"]], mark["replicate"], mark["epoch"]
+    arm, replicate, epoch = labels[one["arm"]], one["replicate"], one["epoch"]
     return f"{arm}, replicate {replicate} diverged {when} epoch {epoch}{layer or ''}"

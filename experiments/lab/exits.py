@@ -24,7 +24,7 @@ from experiments.lab.console import print_plain
 DIVERGED = 3
 
 
-class MistakeError(Exception):
+class UserError(Exception):
     """Something that the user can put right, in one sentence."""
 
 
@@ -33,12 +33,12 @@ class Terminated(BaseException):
 
 
 @contextmanager
-def mistakes() -> Iterator[None]:
+def user_errors() -> Iterator[None]:
     """Where a `ValueError` is a mistake of the user; elsewhere it is one of ours."""
     try:
         yield
     except ValueError as error:
-        raise MistakeError(error) from error
+        raise UserError(error) from error
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def run(
     try:
         with _stopping() as check:
             return command(check)
-    except MistakeError as error:
+    except UserError as error:
         return _tell(f"error: {error}", 2, by_first=True)
     except CheckpointError as error:
         return _tell(f"error: {error}", 2)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,9 +12,9 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from bnjax import initializers, models, paired
-from bnjax.paired import Arm, Epoch, States
-from bnjax.training import Batch, TrainState
+from bnjax import initializers, models
+from bnjax.paired import Arm, Epoch, States, Trainer
+from bnjax.training import AnyArray, Batch, TrainState, to_float
 from experiments.lab import devices
 
 ACTIVATION_NAMES = {"relu": "ReLU", "sigmoid": "sigmoid", "tanh": "tanh"}
@@ -49,7 +50,7 @@ def train(
     drop_last: bool = True,
     change: Callable[[States], States] = lambda states: states,
 ) -> Iterator[Epoch]:
-    """Trains arms from scratch, as `bnjax.paired.run`, on all devices.
+    """Trains arms from scratch, on all devices.
 
     Args:
         arms: what to train.
@@ -61,18 +62,15 @@ def train(
         drop_last: leave out what does not fill a batch.
         change: what to do to the initial states.
     """
-    lanes = devices.make_lanes(tuple(arms), "auto", len(keys))
-    states = change(paired.create_states(lanes, keys, examples.images[:2]))
-    return paired.run(
-        lanes,
-        states,
+    trainer = Trainer(
+        devices.make_placements(tuple(arms), "auto", len(keys)),
         keys,
         examples,
         test,
-        epochs=range(1, epochs + 1),
         batch_size=min(batch_size, len(examples.labels)),
         drop_last=drop_last,
     )
+    return trainer.epochs(change(trainer.initial_states()), range(1, epochs + 1))
 
 
 def train_grid(
@@ -157,8 +155,8 @@ def accuracy(epoch: Epoch) -> dict[str, np.ndarray]:
 def networks(**fields: object) -> dict[str, models.MLP]:
     """An MLP with batch normalization and its twin without."""
     return {
-        "bn": models.MLP(use_batch_norm=True, **fields),  # type: ignore[arg-type]
-        "no_bn": models.MLP(use_batch_norm=False, **fields),  # type: ignore[arg-type]
+        "bn": models.MLP(norm="batch", **fields),  # type: ignore[arg-type]
+        "no_bn": models.MLP(norm=None, **fields),  # type: ignore[arg-type]
     }
 
 
@@ -175,3 +173,34 @@ def unstack(state: TrainState) -> list[TrainState]:
 def take(batch: Batch, count: int) -> Batch:
     """The first examples of a set."""
     return Batch(batch.images[:count], batch.labels[:count])
+
+
+@partial(jax.jit, static_argnames=("size", "train"))
+def predict(
+    state: TrainState, images: Array, size: int, *, train: bool, key: Array | None = None
+) -> Array:
+    """Classes `[n]` of the images, `size` at a time, without those that fill no group.
+
+    Args:
+        state: the network.
+        images: `[N, ...]`, taken in their order.
+        size: images in a batch.
+        train: whether to predict in training mode.
+        key: for dropout in training mode.
+    """
+    rngs = {} if key is None else {"dropout": key}
+
+    def classes(group: Array) -> Array:
+        x = to_float(group)
+        logits, _ = state.apply_fn(
+            state.variables, x, train=train, mutable=["batch_stats"], rngs=rngs
+        )
+        return logits.argmax(axis=1)
+
+    whole = len(images) // size * size
+    return jax.lax.map(classes, images[:whole].reshape(-1, size, *images.shape[1:])).ravel()
+
+
+def accuracy_of(classes: Array, labels: AnyArray) -> float:
+    """Share of the classes `[n]` that are the first n labels."""
+    return float((classes == labels[: len(classes)]).mean())

@@ -1,12 +1,12 @@
 """The metrics of a run: `metrics.jsonl`, the same as arrays, and what `summary.json` says of them.
 
-One line per epoch, arm and replicate, appended and flushed after each epoch.
+One line per epoch, replicate and arm, appended and flushed after each epoch.
 """
 
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,43 @@ import numpy as np
 
 from bnjax import statistics
 from bnjax.errors import CheckpointError
+from bnjax.paired import Epoch
 from experiments.lab import rundir
 
-ARMS = ("bn", "no_bn")
-LABELS = {"bn": "with BN", "no_bn": "without BN"}
+ARMS, LABELS = ("bn", "no_bn"), {"bn": "with BN", "no_bn": "without BN"}  # TEMPORARY, goes
 LOSSES = ("train_cost", "train_loss", "test_loss")
 METRICS = ("train_cost", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
+
+Curves = dict[str, dict[str, np.ndarray]]  # {arm: {metric: [epochs, R] float64}}
+
+
+def lines_of(epoch: Epoch, arms: Sequence[str]) -> list[dict[str, Any]]:
+    """The lines of an epoch, by replicate, then arm, given what NumPy can read."""
+    values = {arm: _divide(epoch, arm) for arm in arms}
+    return [
+        {
+            "epoch": epoch.number,
+            "arm": arm,
+            "replicate": replicate,
+            **{name: float(column[replicate]) for name, column in values[arm].items()},
+            "seconds": epoch.seconds,
+        }
+        for replicate in range(len(values[arms[0]]["train_cost"]))
+        for arm in arms
+    ]
+
+
+def _divide(epoch: Epoch, arm: str) -> dict[str, np.ndarray]:
+    steps, train, test = epoch.steps[arm], epoch.train[arm], epoch.test[arm]
+    sums = {
+        "train_cost": (steps.loss, steps.examples),
+        "train_loss": (train.loss, train.examples),
+        "train_accuracy": (train.correct, train.examples),
+        "test_loss": (test.loss, test.examples),
+        "test_accuracy": (test.correct, test.examples),
+    }
+    means = {name: np.divide(*pair, dtype=np.float64) for name, pair in sums.items()}
+    return {**means, "train_cost": means["train_cost"].mean(axis=1)}
 
 
 def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -31,12 +62,8 @@ def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
         os.fsync(stream.fileno())
 
 
-def read(path: Path, replicates: int | None = None) -> list[dict[str, Any]]:
+def read(path: Path, arms: Sequence[str], replicates: int) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl` but for a torn last one; none if it does not exist yet.
-
-    Args:
-        path: run directory.
-        replicates: how many there must be; by default as many as the first epoch has.
 
     Raises:
         CheckpointError: if they are not those of epochs from 1, each of every replicate and arm.
@@ -44,7 +71,7 @@ def read(path: Path, replicates: int | None = None) -> list[dict[str, Any]]:
     file = path / "metrics.jsonl"
     content = file.read_bytes() if file.exists() else b""
     lines = [rundir.parse(file, line) for line in content.split(b"\n")[:-1]]
-    places = _places(replicates or sum(map(_starts_replicate, lines)) or 1)
+    places = ((e, k, arm) for e in itertools.count(1) for k in range(replicates) for arm in arms)
     for number, (line, place) in enumerate(zip(lines, places, strict=False), 1):
         if not _is_line(line, place):
             raise CheckpointError(
@@ -52,14 +79,6 @@ def read(path: Path, replicates: int | None = None) -> list[dict[str, Any]]:
                 f"replicate {place[1]}, arm {place[2]}"
             )
     return lines
-
-
-def _places(replicates: int) -> Iterator[tuple[int, int, str]]:
-    return ((e, k, arm) for e in itertools.count(1) for k in range(replicates) for arm in ARMS)
-
-
-def _starts_replicate(line: Any) -> bool:
-    return isinstance(line, dict) and line.get("epoch") == 1 and line.get("arm") == ARMS[0]
 
 
 def _is_line(line: Any, place: tuple[int, int, str]) -> bool:
@@ -74,10 +93,9 @@ def _is_line(line: Any, place: tuple[int, int, str]) -> bool:
     )
 
 
-def truncate(path: Path, epochs: int) -> None:
-    """Drops the lines of epochs after the first `epochs`, and a torn last line."""
-    kept = [line for line in read(path) if line["epoch"] <= epochs]
-    rundir.write_bytes(path / "metrics.jsonl", _to_jsonl(kept))
+def write(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Replaces `metrics.jsonl`, as by the lines of fewer epochs."""
+    rundir.write_bytes(path / "metrics.jsonl", _to_jsonl(lines))
 
 
 def _to_jsonl(lines: Iterable[Mapping[str, Any]]) -> bytes:
@@ -86,65 +104,58 @@ def _to_jsonl(lines: Iterable[Mapping[str, Any]]) -> bytes:
     )
 
 
-def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, np.ndarray]]:
-    """The metrics as arrays: `{arm: {metric: [epochs, replicates] float64}}`.
+def curves(lines: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> Curves:
+    """The metrics of whole epochs as arrays: `{arm: {metric: [epochs, R] float64}}`.
 
     From the epoch on in which a loss of a replicate is not finite, all its metrics are NaN: its
     accuracy would be chance.
     """
-    lines = list(lines)
-    epochs = max(line["epoch"] for line in lines)
-    replicates = 1 + max(line["replicate"] for line in lines)
-    result = {
-        arm: {metric: np.full((epochs, replicates), np.nan) for metric in METRICS} for arm in ARMS
+    replicates = 1 + max((line["replicate"] for line in lines), default=0)
+    whole = len(lines) // (replicates * len(arms)) * replicates * len(arms)
+    values = np.array([[line[name] for name in METRICS] for line in lines[:whole]], np.float64)
+    table = values.reshape(-1, replicates, len(arms), len(METRICS))
+    losses = table[..., [METRICS.index(name) for name in LOSSES]]
+    finite = np.logical_and.accumulate(np.isfinite(losses).all(axis=-1, keepdims=True), axis=0)
+    table = np.where(finite, table, np.nan)
+    return {
+        arm: {name: table[:, :, k, m] for m, name in enumerate(METRICS)}
+        for k, arm in enumerate(arms)
     }
-    for line in lines:
-        place = line["epoch"] - 1, line["replicate"]
-        for metric, values in result[line["arm"]].items():
-            values[place] = line[metric]
-    for metrics in result.values():
-        finite = np.all([np.isfinite(metrics[name]) for name in LOSSES], axis=0)
-        for values in metrics.values():
-            values[~np.logical_and.accumulate(finite, axis=0)] = np.nan
-    return result
 
 
-def finite_to_the_end(lines: Iterable[Mapping[str, Any]]) -> int | None:
-    """The first replicate that diverged in neither network, to be looked into; None if all did."""
-    by_arm = curves(lines)
-    finite = np.all([np.isfinite(by_arm[arm][METRICS[0]][-1]) for arm in ARMS], axis=0)
+def finite_to_the_end(by_arm: Curves) -> int | None:
+    """The first replicate that diverged in no network, to be looked into; None if all did."""
+    finite = np.all([np.isfinite(of_arm["train_cost"][-1]) for of_arm in by_arm.values()], axis=0)
     return int(finite.argmax()) if finite.any() else None
 
 
-def write_summary(
-    path: Path, lines: Iterable[Mapping[str, Any]], divergences: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Writes `summary.json`, the last file of a run, and returns its content."""
-    summary = {**summarize(lines), "divergences": divergences}
-    rundir.write_json(path / "summary.json", summary)
-    return summary
-
-
-def summarize(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The content of `summary.json`: final metrics per arm, and BN minus no BN pair by pair."""
-    by_arm = curves(lines)
-    epochs, replicates = by_arm[ARMS[0]][METRICS[0]].shape
+def summarize(by_arm: Curves, reference: str) -> dict[str, Any]:
+    """The content of `summary.json`: final metrics of each arm, and arm minus reference."""
+    epochs, replicates = by_arm[reference]["train_cost"].shape
     final = {
-        arm: {metric: values[-1] for metric, values in metrics.items()}
-        for arm, metrics in by_arm.items()
+        arm: {metric: values[-1] for metric, values in of_arm.items()}
+        for arm, of_arm in by_arm.items()
     }
-    first, second = (final[arm] for arm in ARMS)
     return {
         "epochs": epochs,
         "replicates": replicates,
+        "reference": reference,
         "arms": {
             arm: {metric: statistics.summarize(values)._asdict() for metric, values in all_.items()}
             for arm, all_ in final.items()
         },
-        "paired_differences": {
-            metric: statistics.paired_difference(
-                first[metric], second[metric], lower_is_better=not metric.endswith("accuracy")
-            )._asdict()
-            for metric in METRICS
+        "differences": {
+            arm: {metric: difference(metric, all_, final[reference]) for metric in METRICS}
+            for arm, all_ in final.items()
+            if arm != reference
         },
     }
+
+
+def difference(
+    metric: str, first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """First minus second by a metric, pair by pair; a loss is better where it is lower."""
+    return statistics.paired_difference(
+        first[metric], second[metric], lower_is_better=not metric.endswith("accuracy")
+    )._asdict()

@@ -81,16 +81,11 @@ class Execution:
         if self.out and self.resume:
             raise ValueError("--out and --resume exclude each other: a run goes on where it is")
 
-    def lasting(self) -> "Execution":
-        """The same without what belongs to one start and not to the run."""
-        return dataclasses.replace(
-            self,
-            distributed=False,
-            coordinator=None,
-            num_processes=None,
-            process_id=None,
-            open=False,
-        )
+    def saved(self) -> dict[str, Any]:
+        """What a configuration keeps: not what belongs to one start alone."""
+        start = ("distributed", "coordinator", "num_processes", "process_id", "open")
+        values = dataclasses.asdict(self) | {name: getattr(Execution, name) for name in start}
+        return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
 
     @classmethod
     def load(cls, values: Mapping[str, Any], resume: Path) -> "Execution":
@@ -99,7 +94,7 @@ class Execution:
         Raises:
             ValueError: if fields are missing, unknown or not usable.
         """
-        check_saved(cls, values)
+        values = check_saved(cls, values)
         data_dir = values["data_dir"]
         places = {"data_dir": Path(data_dir) if data_dir else None, "out": None, "resume": resume}
         return cls(**{**values, **places})
@@ -140,7 +135,7 @@ def preset_defaults(preset: str) -> Options:
     Raises:
         ValueError: if there is no such preset.
     """
-    return Options(PRESETS[choose("preset", preset, PRESETS)](), Execution())
+    return Options(PRESETS[choose("preset", preset, PRESETS)], Execution())
 
 
 def changes(before: Experiment, after: Experiment) -> dict[str, tuple[Any, Any]]:
@@ -151,7 +146,9 @@ def changes(before: Experiment, after: Experiment) -> dict[str, tuple[Any, Any]]
 
 def command(experiment: Experiment) -> str:
     """The command that runs an experiment: its preset, and the flags that differ from it."""
-    default = PRESETS[experiment.preset]()
+    default = PRESETS[experiment.preset]
+    if experiment.reference == dataclasses.replace(experiment, reference=None).resolved().reference:
+        experiment = dataclasses.replace(experiment, reference=None)
     changed = {name: value for name, (_, value) in changes(default, experiment).items()}
     start = ["python", "-m", "experiments.mnist_bn", "--preset", experiment.preset]
     return shlex.join([*start, *flags(changed)])

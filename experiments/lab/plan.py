@@ -1,24 +1,24 @@
-"""From the command line to a run that is ready to start."""
+"""From settings or the command line to a run that is ready to start."""
 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 from rich.console import Console
 
-from bnjax import data, initializers, models
+from bnjax import data, paired
 from bnjax.data import Dataset
 from bnjax.errors import DataWarning
-from bnjax.paired import Arm, Lane
+from bnjax.paired import Arm, Trainer
 from bnjax.parallel import processes
-from experiments.lab import devices, options, probes, rundir
-from experiments.lab.console import noting, open_report, print_plain
+from bnjax.training import AnyArray, Batch, create_state
+from experiments.lab import arms, devices, options, rundir
+from experiments.lab.arms import ArmSpec
+from experiments.lab.console import print_plain, show_warnings
 from experiments.lab.options import Options
 from experiments.lab.presets import Experiment
 
@@ -28,14 +28,13 @@ class Plan:
     """A run that is ready to start: everything checked, nothing written yet."""
 
     options: Options
-    dataset: Dataset
     config: dict[str, Any]
     path: Path
-    lanes: list[Lane]
+    trainer: Trainer
 
 
-def prepare(arguments: Sequence[str], prog: str, description: str, console: Console) -> Plan | None:
-    """Reads the command line, loads the data and checks everything; None if nothing is left to do.
+def prepare(arguments: Sequence[str], prog: str, description: str, console: Console) -> Plan:
+    """Reads the command line, loads the data and checks everything.
 
     Args:
         arguments: the command line, without the program.
@@ -48,21 +47,12 @@ def prepare(arguments: Sequence[str], prog: str, description: str, console: Cons
         SystemExit: with status 2 after tyro has shown a usage error, with 0 after the help.
     """
     chosen, saved = _read_options(arguments, prog, description)
-    execution = chosen.execution
-    if execution.distributed:
+    if chosen.execution.distributed:
         _join(chosen, console)
-    if execution.resume:
-        finished = rundir.is_finished(execution.resume, chosen.experiment.epochs)
-        finished = finished and not probes.end_is_missing(execution.resume)
-        if processes.tell_all(finished)[0]:
-            told = f"{execution.resume} is finished: {chosen.experiment.epochs} epochs"
-            print_plain(console, f"{told}; --epochs can add to them")
-            if execution.open and processes.is_first():
-                open_report(execution.resume)
-            return None
-    plan = processes.together(partial(_plan, chosen, saved, console))
-    processes.check_same({"data": plan.config["dataset"], "mesh": dict(plan.lanes[0].mesh.shape)})
-    return dataclasses.replace(plan, path=Path(processes.tell_all(str(plan.path))[0]))
+    plan = processes.run_on_all(partial(make, chosen, console, saved=saved))
+    mesh = dict(plan.trainer.placements[0].mesh.shape)
+    processes.check_same({"data": plan.config["dataset"], "mesh": mesh})
+    return dataclasses.replace(plan, path=Path(processes.allgather_object(str(plan.path))[0]))
 
 
 def _join(chosen: Options, console: Console) -> None:
@@ -70,7 +60,9 @@ def _join(chosen: Options, console: Console) -> None:
     if execution.process_id == 0:
         told = f"{execution.num_processes} processes at {execution.coordinator}"
         print_plain(console, f"waiting for {told}, at most {processes.PATIENCE} seconds")
-    devices.join_processes(execution)
+    devices.join_processes(
+        execution.mesh, execution.coordinator, execution.num_processes, execution.process_id
+    )
     console.quiet = not processes.is_first()
     processes.check_same(
         {
@@ -85,17 +77,34 @@ def _join(chosen: Options, console: Console) -> None:
     )
 
 
-def _plan(chosen: Options, saved: dict[str, Any] | None, console: Console) -> Plan:
-    """What this process finds on its own."""
-    experiment, execution = chosen.experiment, chosen.execution
+def make(
+    chosen: Options,
+    console: Console,
+    *,
+    own: Sequence[ArmSpec] = (),
+    saved: dict[str, Any] | None = None,
+) -> Plan:
+    """What this process finds on its own.
+
+    Args:
+        chosen: what to run.
+        console: where to note what the user should know.
+        own: arms of one's own among those of the experiment.
+        saved: the configuration of the run that is resumed.
+
+    Raises:
+        ValueError: with one sentence for the user.
+    """
+    experiment, execution = chosen.experiment.resolved(), chosen.execution
     out = execution.out and rundir.expand(execution.out)
     if out and processes.is_first():
         rundir.check_free(out)
+    specs = arms.choose(experiment, own)
 
     dataset = load_data(experiment.dataset, execution.data_dir, console)
     experiment.check_against(dataset)
-    found = {"name": dataset.name, "sha256": data.fingerprint(dataset)}
-    requested = saved["dataset"]["requested"] if saved else experiment.dataset
+    arms.check_sizes(experiment, len(dataset.train_labels))
+    found = describe_data(dataset, saved["dataset"]["requested"] if saved else experiment.dataset)
     if saved and saved["dataset"]["sha256"] != found["sha256"]:
         raise ValueError(
             f"{execution.resume} was trained on other data: its {saved['dataset']['name']} has the "
@@ -103,12 +112,24 @@ def _plan(chosen: Options, saved: dict[str, Any] | None, console: Console) -> Pl
         )
 
     if execution.cache and (cache := data.cache_directory()):
-        devices.cache_programs(cache / "programs")
+        devices.enable_compilation_cache(cache / "programs")
     jax.config.update("jax_default_matmul_precision", experiment.matmul_precision)
-    lanes = devices.make_lanes(make_arms(experiment), execution.mesh, experiment.replicates)
-    mesh = dict(lanes[0].mesh.shape)
+    made = arms.make_arms(experiment, own)
+    placements = devices.make_placements(made, execution.mesh, experiment.replicates)
+    mesh = dict(placements[0].mesh.shape)
     _check_statistics(experiment, mesh, len(dataset.train_labels), saved)
-    check_memory(experiment, devices.memory(lanes))
+    train = Batch(dataset.train_images, dataset.train_labels)
+    check_memory(made, experiment.replicates, train.images, devices.memory(placements))
+    trainer = Trainer(
+        placements,
+        paired.replicate_keys(experiment.seed, experiment.replicates),
+        train,
+        Batch(dataset.test_images, dataset.test_labels),
+        experiment.batch_size,
+        experiment.drop_last,
+        experiment.bn_statistics,
+        experiment.shared_init,
+    )
     path = execution.resume or out or rundir.default_path(experiment.preset, dataset.name)
     data_dir = execution.data_dir and rundir.expand(execution.data_dir).absolute()
     experiment = dataclasses.replace(experiment, dataset=dataset.name)
@@ -117,12 +138,12 @@ def _plan(chosen: Options, saved: dict[str, Any] | None, console: Console) -> Pl
     if saved:
         config = {**saved, "resumed": [*saved.get("resumed", []), origin]}
     else:
-        dataset_values = {**found, "requested": requested}
-        saved_execution = _jsonable(dataclasses.asdict(execution.lasting()))
-        config = {"execution": saved_execution, "dataset": dataset_values}
-        config |= origin
+        shown = {
+            spec.name: {"label": spec.label, "title": spec.title or spec.label} for spec in specs
+        }
+        config = {"execution": execution.saved(), "dataset": found, "arms": shown, **origin}
     config = {**config, "experiment": dataclasses.asdict(experiment)}
-    return Plan(Options(experiment, execution), dataset, config, path, lanes)
+    return Plan(Options(experiment, execution), config, path, trainer)
 
 
 def _read_options(
@@ -145,53 +166,43 @@ def _read_options(
     return Options(chosen.experiment, dataclasses.replace(chosen.execution, resume=resume)), saved
 
 
-def make_arms(experiment: Experiment) -> tuple[Arm, ...]:
-    """The network with batch normalization and its twin without, each with Adam."""
-
-    def arm(name: str, use_batch_norm: bool, init: str) -> Arm:
-        module = models.MLP(
-            hidden_sizes=experiment.hidden_sizes,
-            num_classes=experiment.num_classes,
-            use_batch_norm=use_batch_norm,
-            activation=models.activation(experiment.activation),
-            kernel_init=initializers.kernel(init),
-        )
-        return Arm(name, module, optax.adam(experiment.learning_rate))
-
-    no_bn_init = experiment.bn_init if experiment.shared_init else experiment.no_bn_init
-    return arm("bn", True, experiment.bn_init), arm("no_bn", False, no_bn_init)
+def describe_data(dataset: Dataset, requested: str) -> dict[str, str]:
+    """What a configuration keeps of the data."""
+    return {
+        "name": dataset.name,
+        "sha256": data.fingerprint(dataset),
+        "requested": requested,
+    }
 
 
 def describe(
-    settings: dict[str, Any], dataset: data.Dataset, requested: str, data_dir: Path | None
+    settings: dict[str, Any], dataset: Dataset, requested: str, data_dir: Path | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `rundir.occupied` keeps of results that are no run: their settings, and their origin."""
+    """What `rundir.claim_directory` keeps of results that are no run: settings, and origin."""
     config = {
         "experiment": settings,
         "execution": {"data_dir": data_dir and str(rundir.expand(data_dir).absolute())},
-        "dataset": {
-            "name": dataset.name,
-            "sha256": data.fingerprint(dataset),
-            "requested": requested,
-        },
+        "dataset": describe_data(dataset, requested),
     }
     return config, {**rundir.provenance(), **devices.describe()}
 
 
-def check_memory(experiment: Experiment, available: int) -> None:
+def check_memory(made: Sequence[Arm], replicates: int, images: AnyArray, available: int) -> None:
     """Refuses what cannot fit, before a system without memory ends the program without a word.
 
-    A parameter takes 12 bytes in each network, Adam's two moments among them; with its gradient,
-    the state that a step returns and the checkpoint on its way to the disk about three times that.
+    A training state is there about three times: before and after a step, and as the checkpoint on
+    its way to the disk.
 
     Raises:
         ValueError: if more than `available` bytes are needed.
     """
-    sizes = (28 * 28, *experiment.hidden_sizes, experiment.num_classes)
-    parameters = sum((fan_in + 1) * size for fan_in, size in pairwise(sizes))
-    needed = 2 * 3 * 12 * experiment.replicates * parameters
-    needed += 2 * 2 * 4 * experiment.batch_size * sum(sizes)  # a batch's features and gradients
-    if needed > available:
+    key = jax.random.key(0)
+    states = [
+        jax.eval_shape(partial(create_state, arm.module, arm.optimizer), key, images[:2])
+        for arm in made
+    ]
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states))
+    if (needed := 3 * replicates * size) > available:
         raise ValueError(
             f"out of memory: these settings need about {needed / 1e9:.3g} GB and there are "
             f"{available / 1e9:.3g} GB; choose smaller --hidden-sizes, a smaller --batch-size or "
@@ -229,9 +240,5 @@ def load_data(name: str, directory: Path | None, console: Console) -> Dataset:
     Raises:
         ValueError: as `bnjax.data.load`.
     """
-    with noting(console, DataWarning):
+    with show_warnings(console, DataWarning):
         return data.load(name, directory and rundir.expand(directory))
-
-
-def _jsonable(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}

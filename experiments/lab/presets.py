@@ -1,10 +1,10 @@
-"""What a run computes: the settings that decide its numbers, and the three notebooks' presets."""
+"""What a run computes: the settings that decide its numbers, and those of three notebooks."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
@@ -17,7 +17,7 @@ MAX_SIZE = 2**31 - 1
 STATISTICS = ("global", "local")
 PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
 
-PRESET = tyro.conf.arg(metavar="boostcourse|lab10|deep10")
+NAMES = ("boostcourse", "lab10", "deep10")
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,15 @@ class Experiment:
         ValueError: if a value is not usable, in one sentence.
     """
 
-    preset: Annotated[str, PRESET] = "boostcourse"
+    preset: Annotated[str, tyro.conf.arg(metavar="|".join(NAMES))] = "boostcourse"
     """The notebook to re-run; its settings become the defaults of all other flags."""
+
+    arms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")] = ("bn", "no_bn")
+    """Networks to compare: no_bn, bn, bn_after, bn_no_affine, mean_only_bn, ghost_bn(SIZE),
+    batch_renorm, layer_norm, rms_norm, group_norm(GROUPS)."""
+
+    reference: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """The arm that the others are held against; by default no_bn where it runs, else the first."""
 
     dataset: Annotated[str, tyro.conf.arg(metavar="|".join(data.NAMES))] = "auto"
     """What to train on. `auto` is MNIST where it can be had, otherwise the embedded digits."""
@@ -56,17 +63,17 @@ class Experiment:
     """What follows each hidden layer, after its normalization."""
 
     bn_init: Annotated[str, tyro.conf.arg(metavar="NAME")] = "torch_default"
-    """Initial kernels of the network with batch normalization: torch_default, xavier_uniform,
-    xavier_normal, he_uniform, he_normal or normal(STD)."""
+    """Initial kernels of every network but no_bn: torch_default, xavier_uniform, xavier_normal,
+    he_uniform, he_normal or normal(STD)."""
 
     no_bn_init: Annotated[str, tyro.conf.arg(metavar="NAME")] = "torch_default"
-    """Initial kernels of the network without it."""
+    """Initial kernels of the network without normalization, no_bn."""
 
     shared_init: bool = False
-    """Start both networks of a replicate from the same Dense layers, those that bn_init draws."""
+    """Start all networks of a replicate from the same Dense layers, those that bn_init draws."""
 
     replicates: int = 1
-    """Independent pairs to train, each with its own initial weights and order of the examples."""
+    """Independent repetitions, each with its own initial weights and order of the examples."""
 
     seed: int = 0
     """Decides everything random."""
@@ -79,12 +86,8 @@ class Experiment:
     """Precision of matrix products of float32 on accelerators. Left to themselves, they would use
     less (TF32 on NVIDIA's); CPUs always compute in float32."""
 
-    source: ClassVar[str] = ""
-    published: ClassVar[tuple[str, ...]] = ()
-    errata: ClassVar[tuple[str, ...]] = ()
-
     def __post_init__(self) -> None:
-        choose("preset", self.preset, PRESETS)
+        choose("preset", self.preset, NAMES)
         choose("dataset", self.dataset, data.NAMES)
         models.activation(self.activation)
         initializers.kernel(self.bn_init)
@@ -104,7 +107,7 @@ class Experiment:
                 raise ValueError(f"{value} is too large: expected sizes and counts to {MAX_SIZE}")
         if self.shared_init and self.no_bn_init not in (self.bn_init, Experiment.no_bn_init):
             raise ValueError(
-                f"no_bn_init is {self.no_bn_init}, but shared_init starts both networks from what "
+                f"no_bn_init is {self.no_bn_init}, but shared_init starts all networks from what "
                 "bn_init draws: choose one of the two"
             )
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
@@ -113,6 +116,12 @@ class Experiment:
             )
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed is {self.seed}: expected 0 to {MAX_SEED}")
+
+    def resolved(self) -> "Experiment":
+        """The same with its reference named."""
+        arms = self.arms
+        default = "no_bn" if "no_bn" in arms else next(iter(arms), None)
+        return dataclasses.replace(self, reference=self.reference or default)
 
     def check_against(self, dataset: Dataset) -> None:
         """Checks what only the data can tell.
@@ -154,18 +163,16 @@ class Experiment:
 
     @classmethod
     def load(cls, values: Mapping[str, Any]) -> "Experiment":
-        """The experiment whose fields were saved as `values`, of its preset's class.
+        """The experiment whose fields were saved as `values`.
 
         Raises:
             ValueError: if fields are missing, unknown or not usable.
         """
-        preset = PRESETS[choose("preset", str(values.get("preset")), PRESETS)]
-        check_saved(preset, values)
-        return preset(**{**values, "hidden_sizes": tuple(values["hidden_sizes"])})
+        return cls(**check_saved(cls, values))
 
 
-def check_saved(kind: type, values: Mapping[str, Any]) -> None:
-    """Checks that `values`, read from JSON, are those of the fields of a dataclass of settings.
+def check_saved(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass of settings as they were before JSON, which has no tuples.
 
     Raises:
         ValueError: if fields are missing, unknown or of another type than their defaults.
@@ -177,119 +184,86 @@ def check_saved(kind: type, values: Mapping[str, Any]) -> None:
     for name, default in defaults.items():
         if not _is_like(default, values[name]):
             raise ValueError(f"the saved {name} is {values[name]!r:.40}: not a value of this field")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
 def _is_like(default: Any, value: Any) -> bool:
     if isinstance(default, tuple):
-        return isinstance(value, list | tuple) and all(type(item) is int for item in value)
+        kind = type(default[0])
+        return isinstance(value, list | tuple) and all(type(item) is kind for item in value)
     return type(value) in ((str, type(None)) if default is None else (type(default),))
-
-
-@dataclass(frozen=True)
-class Boostcourse(Experiment):
-    """784-32-32-512, Adam 1e-3, batches of 100, 15 epochs: the boostcourse notebook.
-
-    Source: edwith's "Deep learning basics with PyTorch", MNIST with batch normalization. The
-    network has 512 outputs for ten classes, as the notebook has it. Xavier kernels in the network
-    with batch normalization only; everything else starts as PyTorch does.
-
-    Command: python -m experiments.mnist_bn --preset boostcourse
-
-    Expected: training cost 1.206 to 0.0479 with normalization, 0.949 to 0.0873 without.
-
-    Runtime: under 15 seconds on two cores.
-    """
-
-    num_classes: int = 512
-    bn_init: Annotated[str, tyro.conf.arg(metavar="NAME")] = "xavier_uniform"
-
-    source: ClassVar[str] = "boostcourse, Deep learning basics with PyTorch: mnist_batchnorm"
-    published: ClassVar[tuple[str, ...]] = (
-        "training cost with batch normalization 1.206 in the first epoch, 0.0479 in the last",
-        "training cost without it 0.949 in the first epoch, 0.0873 in the last",
-    )
-    errata: ClassVar[tuple[str, ...]] = (
-        "The last layer has 512 outputs although there are ten classes. The other 502 are only "
-        "ever pushed down; they are kept here so that the costs can be compared.",
-        "Only the network with batch normalization gets Xavier kernels, so the two differ in more "
-        "than normalization. --bn-init torch_default makes them alike.",
-    )
-
-
-@dataclass(frozen=True)
-class Lab10(Experiment):
-    """784-32-32-10, Adam 1e-2, batches of 32, 11 epochs: lab 10 as it was meant.
-
-    Source: "Lab 10 MNIST and softmax" with batch normalization. The published loop trains one
-    network twice; here the network without normalization is really trained.
-
-    Command: python -m experiments.mnist_bn --preset lab10
-
-    Expected: the notebook's own figures compare the network with itself, so there are none.
-
-    Runtime: under 20 seconds on two cores.
-    """
-
-    preset: Annotated[str, PRESET] = "lab10"
-    epochs: int = 11
-    batch_size: int = 32
-    learning_rate: float = 1e-2
-
-    source: ClassVar[str] = "Lab 10, MNIST and softmax: mnist_batchnorm and train_eval"
-    published: ClassVar[tuple[str, ...]] = (
-        "loss 0.04811 against 0.04808 after the first epoch: one network, counted twice",
-    )
-    errata: ClassVar[tuple[str, ...]] = (
-        "The published loop calls the network with batch normalization where it means the one "
-        "without, in training and in validation, so that both columns show the same network.",
-        "Its accuracies are losses divided by the number of batches once more; they print as 0.00.",
-        "Its validation runs over the training set.",
-        "It sets bn_lost to zero where it means bn_loss, so that the column with batch "
-        "normalization starts from the last training loss; the other starts from zero.",
-        "It sets 10 epochs and runs 11, range(epochs + 1); so does this preset. The second version "
-        "of the notebook trains both networks, for 10 epochs, and prints no figures.",
-    )
-
-
-@dataclass(frozen=True)
-class Deep10(Experiment):
-    """Ten hidden layers of 64, Adam 1e-3, batches of 64, 9 epochs, the last short batch kept.
-
-    Source: the blog post "[Generalization] Batch Normalization". With it comes the picture of
-    what leaves each layer, 64 activations as 8x8 pixels, with normalization and without.
-
-    Command: python -m experiments.mnist_bn --preset deep10
-
-    Expected: test accuracy 97.83 % with normalization and 95.98 % without.
-
-    Runtime: under 40 seconds on two cores.
-    """
-
-    preset: Annotated[str, PRESET] = "deep10"
-    epochs: int = 9
-    batch_size: int = 64
-    drop_last: bool = False
-    hidden_sizes: tuple[int, ...] = (64,) * 10
-
-    source: ClassVar[str] = "Blog post, [Generalization] Batch Normalization"
-    published: ClassVar[tuple[str, ...]] = (
-        "test accuracy 97.83 % with batch normalization",
-        "test accuracy 95.98 % without it",
-    )
-    errata: ClassVar[tuple[str, ...]] = (
-        "The average loss that the post prints (0.0012 and 0.0025) is a sum over batches of their "
-        "mean losses, divided by 10,000 examples: about 64 times too small.",
-        "It draws new batches for the second network; here both see the same.",
-    )
-
-
-PRESETS: dict[str, type[Experiment]] = {
-    "boostcourse": Boostcourse,
-    "lab10": Lab10,
-    "deep10": Deep10,
-}
 
 
 def _require_at_least(least: int, name: str, value: int, why: str = "") -> None:
     if value < least:
         raise ValueError(f"{name} is {value}: expected at least {least}{why and ', '}{why}")
+
+
+class Notebook(NamedTuple):
+    """What a preset re-runs.
+
+    Attributes:
+        source: where it was published.
+        published: the figures that it prints.
+        errata: what it got wrong, and what is done about it here.
+    """
+
+    source: str
+    published: tuple[str, ...]
+    errata: tuple[str, ...]
+
+
+# Two hidden layers of 32, two to three seconds of training on two cores. Xavier kernels in the
+# network with batch normalization only; everything else starts as PyTorch does.
+BOOSTCOURSE = Experiment(num_classes=512, bn_init="xavier_uniform")
+
+# The published loop trains one network twice; here both are trained.
+LAB10 = Experiment("lab10", epochs=11, batch_size=32, learning_rate=1e-2)
+
+# The last short batch is kept, as the post has it.
+DEEP10 = Experiment("deep10", epochs=9, batch_size=64, drop_last=False, hidden_sizes=(64,) * 10)
+
+PRESETS = dict(zip(NAMES, (BOOSTCOURSE, LAB10, DEEP10), strict=True))
+
+NOTEBOOKS = {
+    "boostcourse": Notebook(
+        "boostcourse, Deep learning basics with PyTorch: mnist_batchnorm",
+        (
+            "training cost with batch normalization 1.206 in the first epoch, 0.0479 in the last",
+            "training cost without it 0.949 in the first epoch, 0.0873 in the last",
+        ),
+        (
+            "The last layer has 512 outputs although there are ten classes. The other 502 are only "
+            "ever pushed down; they are kept here so that the costs can be compared.",
+            "Only the network with batch normalization gets Xavier kernels, so the two differ in "
+            "more than normalization. --bn-init torch_default makes them alike.",
+        ),
+    ),
+    "lab10": Notebook(
+        "Lab 10, MNIST and softmax: mnist_batchnorm and train_eval",
+        ("loss 0.04811 against 0.04808 after the first epoch: one network, counted twice",),
+        (
+            "The published loop calls the network with batch normalization where it means the one "
+            "without, in training and in validation, so that both columns show the same network.",
+            "Its accuracies are losses divided by the number of batches once more; they print as "
+            "0.00.",
+            "Its validation runs over the training set.",
+            "It sets bn_lost to zero where it means bn_loss, so that the column with batch "
+            "normalization starts from the last training loss; the other starts from zero.",
+            "It sets 10 epochs and runs 11, range(epochs + 1); so does this preset. The second "
+            "version of the notebook trains both networks, for 10 epochs, and prints no figures.",
+        ),
+    ),
+    "deep10": Notebook(
+        "Blog post, [Generalization] Batch Normalization",
+        (
+            "test accuracy 97.83 % with batch normalization",
+            "test accuracy 95.98 % without it",
+        ),
+        (
+            "The average loss that the post prints (0.0012 and 0.0025) is a sum over batches of "
+            "their mean losses, divided by 10,000 examples: about 64 times too small.",
+            "It draws new batches for the second network; here both see the same.",
+        ),
+    ),
+}

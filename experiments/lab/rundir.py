@@ -27,6 +27,7 @@ import numpy as np
 from filelock import FileLock, SoftFileLock, Timeout
 
 from bnjax.errors import CheckpointError
+from bnjax.version import __version__
 
 SECTIONS = ("experiment", "execution", "dataset", "versions")
 
@@ -97,14 +98,19 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is not a run directory: config.json cannot be read ({error.strerror})"
         ) from error
-    sections = [config.get(name) for name in SECTIONS] if isinstance(config, dict) else [None]
-    if not all(isinstance(section, dict) for section in sections):
-        raise CheckpointError(f"{file} is damaged: it lacks {', '.join(SECTIONS)}")
-    resumed = config.get("resumed", [])
-    if not isinstance(resumed, list) or not all(isinstance(one, dict) for one in resumed):
-        raise CheckpointError(f"{file} is damaged: what it says of resuming is no list")
-    if not all(isinstance(config["dataset"].get(k), str) for k in ("name", "requested", "sha256")):
-        raise CheckpointError(f"{file} is damaged: it does not describe its dataset")
+    try:
+        resumed = config.get("resumed", [])
+        whole = all(isinstance(part, dict) for part in (*resumed, *(config[k] for k in SECTIONS)))
+        whole &= all(isinstance(config["dataset"][k], str) for k in ("name", "requested", "sha256"))
+    except (AttributeError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{file} is damaged: it lacks {', '.join(SECTIONS)} of a run")
+    if (saved_by := str(config["versions"].get("bnjax"))).startswith("0.1."):
+        raise CheckpointError(
+            f"{path} was saved by bnjax {saved_by}, which this version cannot read: use that "
+            "version, or run it again"
+        )
     return config
 
 
@@ -179,7 +185,9 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def occupied(path: Path, config: Mapping[str, Any], origin: Mapping[str, Any]) -> Iterator[None]:
+def claim_directory(
+    path: Path, config: Mapping[str, Any], origin: Mapping[str, Any]
+) -> Iterator[None]:
     """Keeps a directory of results to this process: a new one, or one of the same settings.
 
     Args:
@@ -260,10 +268,11 @@ def naming(path: Path) -> Iterator[None]:
 
 def provenance() -> dict[str, Any]:
     """What produced the numbers: versions, and the git commit where there is one."""
-    packages = ("bnjax", "jax", "jaxlib", "flax", "optax", "numpy")
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages}
+    own = {"python": platform.python_version(), "bnjax": __version__}
     return {
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": {**own, **versions},
         "git_commit": _git_commit(),
     }
 

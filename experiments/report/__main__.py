@@ -12,7 +12,7 @@ from rich.console import Console
 
 from experiments import report
 from experiments.lab import exits, rundir
-from experiments.lab.console import noting, print_plain
+from experiments.lab.console import print_plain, show_warnings
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
 
     def command(check: Callable[[], None]) -> int:
-        with exits.mistakes():
+        with exits.user_errors():
             path = rundir.expand(settings.run)
             try:
-                with noting(console, rundir.ReportWarning):
+                with show_warnings(console, rundir.ReportWarning):
                     report.redraw(path)
             except (KeyError, UndefinedError) as error:
                 raise ValueError(

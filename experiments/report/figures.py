@@ -2,10 +2,7 @@
 
 import io
 import math
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,20 +12,21 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
-from bnjax.errors import CheckpointError
 from bnjax.statistics import summarize
-from experiments.lab.metrics import ARMS, LABELS
 
 Probes = Mapping[str, np.ndarray]
+Curves = Mapping[str, Mapping[str, np.ndarray]]
+Style = Mapping[str, Any]
 
 # Decorates what makes pictures: they are the same under any matplotlibrc and in any notebook.
 OURS: dict[Any, Any] = {**rcParamsDefault, "svg.fonttype": "none", "svg.hashsalt": "bnjax"}
 our_style = rc_context({name: value for name, value in OURS.items() if name != "backend"})
 
-STYLES: dict[str, dict[str, Any]] = {
-    "bn": {"color": "#0b5394", "linestyle": "-", "marker": "o"},
-    "no_bn": {"color": "#d9662b", "linestyle": "--", "marker": "s"},
-}
+# Eight colours, of different lightness, that the colour-blind tell apart; with one marker more, a
+# ninth arm has the first colour again, but not the first marker.
+COLORS = ["#0b5394", "#d9662b", "#1b9f6c", "#b860c0", "#c9a100", "#55b4e9", "#222222", "#e0a8b0"]
+DASHES = ["-", "--", "-.", ":", (0, (8, 3)), (0, (3, 1, 1, 1, 1, 1)), (0, (5, 1)), (0, (1, 1))]
+MARKERS = "os^DvP*X<"
 NO_UNIT = colormaps["gray"].with_extremes(bad="#9fc5e8")
 PANELS = (
     ("train_cost", "Training cost", "mean batch loss in nats, log scale"),
@@ -50,37 +48,72 @@ def panels(
     return figure, row
 
 
+def arm_styles(labels: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """How each arm is drawn, by its place: told apart without colour, and by the colour-blind.
+
+    Args:
+        labels: `{arm: label}`.
+
+    Returns:
+        `{arm: style}` with `color`, `linestyle`, `marker` and `label`.
+    """
+    return {
+        arm: {
+            "color": COLORS[place % len(COLORS)],
+            "linestyle": DASHES[place % len(DASHES)],
+            "marker": MARKERS[place % len(MARKERS)],
+            "label": label,
+        }
+        for place, (arm, label) in enumerate(labels.items())
+    }
+
+
 @our_style
-def curves(by_arm: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
-    """Training cost, test loss and test accuracy of both arms over the epochs.
+def curves(by_arm: Curves, labels: Mapping[str, str]) -> Figure:
+    """Training cost, test loss and test accuracy of all arms over the epochs.
 
     Args:
         by_arm: `{arm: {metric: [epochs, replicates]}}`. Several replicates are drawn as their
             mean within its 95 % confidence interval.
+        labels: `{arm: label}` of those that are drawn.
     """
-    figure = _draw_curves([(by_arm[arm], arm, {}) for arm in ARMS])
-    for axes in figure.axes:
-        axes.legend(frameon=False)
+    figure = _draw_curves([(by_arm[arm], style) for arm, style in arm_styles(labels).items()])
+    add_legend(figure)
     return figure
 
 
 @our_style
-def overlay(runs: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]) -> Figure:
-    """The same curves of several runs, each in its colour; solid with BN, dashed without.
+def overlay(runs: Mapping[str, tuple[Curves, Mapping[str, str]]]) -> Figure:
+    """The same curves of several runs: a colour for each run, dash and marker for each arm.
 
     Args:
-        runs: `{name: {arm: {metric: [epochs, replicates]}}}`.
+        runs: `{name: (metrics, labels)}`, each as `curves` takes them.
     """
-    lines = [
-        (by_arm[arm], arm, {"color": f"C{k % 10}", "label": f"{_shorten(name)}, {LABELS[arm]}"})
-        for k, (name, by_arm) in enumerate(runs.items())
-        for arm in ARMS
-    ]
-    figure = _draw_curves(lines)
-    shown = figure.axes[0].get_legend_handles_labels()
-    figure.set_figheight(4 + 0.25 * len(runs))
-    figure.legend(*shown, loc="outside lower center", ncols=2, frameon=False)
+    styles = arm_styles({arm: "" for _, labels in runs.values() for arm in labels})
+    figure = _draw_curves(
+        [
+            (
+                by_arm[arm],
+                {**styles[arm], "color": f"C{k % 10}", "label": f"{_shorten(name)}, {label}"},
+            )
+            for k, (name, (by_arm, labels)) in enumerate(runs.items())
+            for arm, label in labels.items()
+        ]
+    )
+    add_legend(figure, columns=2)
     return figure
+
+
+def add_legend(figure: Figure, columns: int = 4) -> None:
+    """What the lines are: in each panel, or of more than two below all of them."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if len(labels) > 2:
+        figure.set_figheight(figure.get_figheight() + 0.25 * math.ceil(len(labels) / columns))
+        below: dict[str, Any] = {"loc": "outside lower center", "ncols": columns}
+        figure.legend(handles, labels, frameon=False, handlelength=3.5, **below)
+        return
+    for axes in figure.axes:
+        axes.legend(frameon=False)
 
 
 def _shorten(name: str, most: int = 40) -> str:
@@ -89,16 +122,14 @@ def _shorten(name: str, most: int = 40) -> str:
     return shown.replace("$", r"\$")  # which would begin a formula
 
 
-def _draw_curves(
-    lines: Sequence[tuple[Mapping[str, np.ndarray], str, Mapping[str, Any]]],
-) -> Figure:
+def _draw_curves(lines: Sequence[tuple[Mapping[str, np.ndarray], Style]]) -> Figure:
     figure, row = panels([title for _, title, _ in PANELS], width=4, height=4)
     for axes, (metric, _, unit) in zip(row, PANELS, strict=True):
         scale = 100 if metric.endswith("accuracy") else 1
-        for by_metric, arm, style in lines:
+        for by_metric, style in lines:
             values = scale * by_metric[metric].T
-            draw_band(axes, arm, np.arange(1, values.shape[1] + 1), values, **style)
-        if scale == 1 and any((by_metric[metric] > 0).any() for by_metric, *_ in lines):
+            draw_band(axes, style, np.arange(1, values.shape[1] + 1), values)
+        if scale == 1 and any((by_metric[metric] > 0).any() for by_metric, _ in lines):
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
@@ -109,58 +140,80 @@ def _draw_curves(
     return figure
 
 
-def draw_band(axes: Axes, arm: str, x: ArrayLike, values: ArrayLike, **style: Any) -> None:
+def draw_band(axes: Axes, style: Style, x: ArrayLike, values: ArrayLike, **changes: Any) -> None:
     """An arm's mean over replicates within its 95 % confidence interval.
 
     Args:
         axes: where to draw.
-        arm: "bn" or "no_bn"; decides colour and label.
+        style: of `arm_styles`.
         x: `[N]`.
         values: `[R, N]`.
-        style: what differs from the arm's own.
+        changes: what differs from the style.
     """
     columns = np.asarray(values, np.float64).T
     summaries = [summarize(column) for column in columns]
     means = [np.nan if summary.mean is None else summary.mean for summary in summaries]
-    style = {"label": LABELS[arm], "markersize": 4, "linewidth": 1.6, **STYLES[arm], **style}
-    axes.plot(x, means, **style)
+    shown = {"markersize": 4, "linewidth": 1.6, **style, **changes}
+    axes.plot(x, means, **shown)
     if columns.shape[1] > 1:
         bounds = np.array([summary.interval or (np.nan, np.nan) for summary in summaries])
         finite = columns[np.isfinite(columns)]
         if len(finite):  # an interval of two or three may be wider than all that can be
             reach = max(np.ptp(finite), 1e-6)
             bounds = bounds.clip(max(finite.min() - reach, finite.min() / 4), finite.max() + reach)
-        axes.fill_between(x, *bounds.T, color=style["color"], alpha=0.2, linewidth=0)
+        axes.fill_between(x, *bounds.T, color=shown["color"], alpha=0.2, linewidth=0)
 
 
 @our_style
-def features(image: np.ndarray, label: int, probes: Probes, replicate: int = 0) -> Figure:
-    """What leaves each hidden layer for one test example, with and without normalization.
+def features(
+    image: np.ndarray, label: int, probes: Probes, labels: Mapping[str, str], replicate: int = 0
+) -> Figure:
+    """What leaves each hidden layer for one test example, a row for each arm.
 
     Args:
         image: `[28, 28]` the example.
         label: its class.
-        probes: `{arm/features_k: [R, 1, H]}`.
-        replicate: which one is drawn, its H values as a square.
+        probes: `{arm/features_k: [R, 1, H]}`, or `[R, 1, H, W, C]`.
+        labels: `{arm: label}` of those that are drawn.
+        replicate: which one is drawn, its units or channels as a square.
     """
-    layers = sum(name.startswith(f"{ARMS[0]}/features_") for name in probes)
-    figure = Figure(figsize=(max(5.0, 1.25 * (layers + 1)), 3.6), layout="constrained")
-    grid = figure.subplots(len(ARMS), layers + 1, squeeze=False)
-    for row, arm in zip(grid, ARMS, strict=True):
+    by_arm = {arm: features_of(probes, arm, replicate) for arm in labels}
+    columns = 1 + max(map(len, by_arm.values()))
+    size = max(5.0, 1.25 * columns), 0.4 + 1.6 * len(labels)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(labels), columns, squeeze=False)
+    for row, (arm, layers) in zip(grid, by_arm.items(), strict=True):
         row[0].imshow(image, cmap="gray")
         row[0].set_title("input", fontsize=9)
-        row[0].set_ylabel(LABELS[arm], fontsize=11, fontweight="bold")
-        for number, axes in enumerate(row[1:], start=1):
-            values = probes[f"{arm}/features_{number}"][replicate, 0]
+        row[0].set_ylabel(labels[arm], fontsize=min(11, 140 / len(labels[arm])), fontweight="bold")
+        for axes in row[1 + len(layers) :]:
+            axes.set_visible(False)
+        for number, (axes, values) in enumerate(zip(row[1:], layers, strict=False), start=1):
             axes.imshow(_as_square(values), cmap=NO_UNIT)
             axes.set_title(f"layer {number}", fontsize=9)
             zeros = np.count_nonzero(values == 0)
-            axes.set_xlabel(f"max {values.max():.3g}\n{zeros} of {len(values)} zero", fontsize=7)
+            axes.set_xlabel(f"max {values.max():.3g}\n{zeros} of {values.size} zero", fontsize=7)
     for axes in grid.flat:
         axes.set_xticks([])
         axes.set_yticks([])
     figure.suptitle(f"A test example of class {label}, each layer on its own scale", fontsize=10)
     return figure
+
+
+def features_of(probes: Probes, arm: str, replicate: int) -> list[np.ndarray]:
+    """What leaves the hidden layers of an arm, from the input on: `[H]` or `[H, W, C]` each."""
+    depth = sum(name.startswith(f"{arm}/features_") for name in probes)
+    return [probes[f"{arm}/features_{k}"][replicate, 0] for k in range(1, depth + 1)]
+
+
+def _as_square(values: np.ndarray) -> np.ndarray:
+    """Channels, or units of one pixel each, beside and below each other."""
+    height, width, channels = values.shape if values.ndim == 3 else (1, 1, len(values))
+    side = math.isqrt(channels - 1) + 1
+    padded = np.full((side * side, height, width), np.nan)
+    padded[:channels] = values.reshape(height, width, channels).transpose(2, 0, 1)
+    tiles = padded.reshape(side, side, height, width).transpose(0, 2, 1, 3)
+    return tiles.reshape(side * height, side * width)
 
 
 @our_style
@@ -172,28 +225,17 @@ def train_eval_mode(numbers: Mapping[str, Any]) -> Figure:
     """
     dropout, alone, groups = numbers["dropout"], numbers["alone"], numbers["groups"]
     training, evaluating = "#7b3f98", "#1b7f5c"
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    calls, twice, company = figure.subplots(1, 3)
+    torn = f"Dropout: one {dropout['torn_label']} in many calls"
+    titles = [torn, "Each test image fed twice", "Judged by their company"]
+    figure, (calls, twice, company) = panels(titles, width=4, height=4)
     settled = np.eye(10)[dropout["torn_evaluation"]] * sum(dropout["torn_votes"])
-    for axes, counts, evaluation, title in (
-        (
-            calls,
-            dropout["torn_votes"],
-            settled,
-            f"Dropout: one {dropout['torn_label']} in many calls",
-        ),
-        (twice, alone["twice"], alone["evaluation"], "Each test image fed twice"),
+    hollow: dict[str, Any] = {"width": 0.9, "fill": False, "edgecolor": evaluating}
+    for axes, counts, evaluation in (
+        (calls, dropout["torn_votes"], settled),
+        (twice, alone["twice"], alone["evaluation"]),
     ):
         axes.bar(range(10), counts, width=0.5, color=training, label="training mode")
-        axes.bar(
-            range(10),
-            evaluation,
-            width=0.9,
-            fill=False,
-            edgecolor=evaluating,
-            label="evaluation mode",
-        )
-        axes.set_title(title, loc="left", fontweight="bold")
+        axes.bar(range(10), evaluation, label="evaluation mode", **hollow)
         axes.set_xticks(range(10))
         axes.set_xlabel("predicted class")
         axes.set_ylabel("predictions")
@@ -202,14 +244,11 @@ def train_eval_mode(numbers: Mapping[str, Any]) -> Figure:
     accuracies = [100 * group["accuracy"] for group in groups["training"].values()]
     labels, values = ["1, twice", *sizes], [100 * alone["accuracy"], *accuracies]
     company.plot(labels, values, "s--", color=training, label="training mode")
-    evaluation = np.full(len(labels), 100 * groups["evaluation"]["accuracy"])
-    company.plot(labels, evaluation, "o-", color=evaluating, label="evaluation mode")
+    shown = np.full(len(labels), 100 * groups["evaluation"]["accuracy"])
+    company.plot(labels, shown, "o-", color=evaluating, label="evaluation mode")
     company.set_ylim(0, 105)
-    company.set_title("Judged by their company", loc="left", fontweight="bold")
     company.set_xlabel("test images in a batch")
     company.set_ylabel("test accuracy in percent")
-    for axes in (calls, twice, company):
-        axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*calls.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
@@ -223,7 +262,7 @@ def benchmark(epoch: Mapping[str, Any]) -> Figure:
     """
     rows = epoch["seconds_per_replicate"]
     medians = [float(np.median(row["train"])) for row in rows.values()]
-    colors = [STYLES["bn" if name.startswith("bnjax") else "no_bn"]["color"] for name in rows]
+    colors = [COLORS[not name.startswith("bnjax")] for name in rows]
     figure = Figure(figsize=(8, 0.45 * len(rows) + 1.5), layout="constrained")
     axes = figure.subplots()
     bars = axes.barh(list(rows), medians, color=colors)
@@ -237,13 +276,6 @@ def benchmark(epoch: Mapping[str, Any]) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
     return figure
-
-
-def _as_square(values: np.ndarray) -> np.ndarray:
-    side = math.isqrt(len(values) - 1) + 1
-    padded = np.full(side * side, np.nan)
-    padded[: len(values)] = values
-    return padded.reshape(side, side)
 
 
 @our_style
@@ -261,29 +293,3 @@ def to_svg(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
-
-
-class Arrays(dict[str, np.ndarray]):
-    """The arrays of a file, which says of one that it lacks."""
-
-    def __init__(self, path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-        super().__init__(arrays)
-        self._path = path
-
-    def __missing__(self, name: str) -> np.ndarray:
-        told = f"{self._path} lacks {name}: another version saved them, or they are damaged"
-        raise CheckpointError(told)
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an `.npz` file.
-
-    Raises:
-        CheckpointError: if it is none, or damaged.
-    """
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            return Arrays(path, file)
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-        told = f"{path} is damaged ({error}): delete it, and the rest can be drawn"
-        raise CheckpointError(told) from None

@@ -1,13 +1,12 @@
-"""What both networks say of the test set: which classes they confuse, and where they disagree."""
+"""What the networks say of the test set: which classes they confuse, and where they disagree."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from experiments.lab.metrics import ARMS
 from experiments.report.figures import Probes
 from experiments.report.page import png_uri
 
@@ -20,7 +19,7 @@ class Digit(NamedTuple):
     Attributes:
         uri: its picture.
         label: its class.
-        taken: what the other network takes it for.
+        taken: what another network takes it for.
     """
 
     uri: str
@@ -53,19 +52,25 @@ def classes(confusions: Mapping[str, np.ndarray]) -> list[str]:
     return [*map(str, range(CLASSES)), *["other"] * others]
 
 
-def confusions(end: Probes) -> dict[str, np.ndarray]:
+def confusions(end: Probes, arms: Sequence[str]) -> dict[str, np.ndarray]:
     """The confusion matrix of each arm, from the probes of the end."""
-    return {arm: confusion(end["labels"], end[f"{arm}/predictions"]) for arm in ARMS}
+    return {arm: confusion(end["labels"], end[f"{arm}/predictions"]) for arm in arms}
 
 
-def disagreements(end: Probes) -> dict[str, list[Digit]]:
-    """Of each arm the first test examples that it alone gets right, from the probes of the end."""
+def disagreements(end: Probes, arms: Sequence[str], reference: str) -> dict[str, list[Digit]]:
+    """Of each arm the first test examples that it alone gets right, from the probes of the end.
+
+    They are taken for what the reference says, and where that is right, the first of the others;
+    none where there are no others.
+    """
+    first = next((arm for arm in arms if arm != reference), None)
     return {
         arm: [
             Digit(_draw(image), int(end["labels"][place]), int(end[f"{other}/predictions"][place]))
             for image, place in zip(end[f"images_{arm}"], end[f"only_{arm}"], strict=True)
         ]
-        for arm, other in zip(ARMS, reversed(ARMS), strict=True)
+        for arm in arms
+        if (other := first if arm == reference else reference)
     }
 
 

@@ -2,19 +2,18 @@
 
 import shlex
 import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from bnjax.errors import CheckpointError, shorten
-from experiments.lab import divergences, metrics, options, probes, rundir
-from experiments.lab.console import ONE_REPLICATE, TITLES, format_certainty, format_summary
-from experiments.lab.presets import Experiment
+from bnjax.errors import shorten
+from experiments.lab import console, divergences, metrics, options, presets, rundir
+from experiments.lab.run import Run
 from experiments.report import figures, layers, predictions, words
-from experiments.report.figures import Probes, read_arrays
+from experiments.report.figures import Probes
 from experiments.report.page import Picture, png_uri, render, svg_uri
 
 T = TypeVar("T")
@@ -27,28 +26,27 @@ class Parts:
         missing: which, why, and what to do.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, run: Run) -> None:
+        self._run, self._path = run, shlex.quote(str(run.path))
         self.missing: list[str] = []
 
     def read(self, name: str) -> Probes | None:
         """A file of `probes`; None where it was not recorded."""
-        file = self._path / "probes" / f"{name}.npz"
-        if file.exists():
-            return read_arrays(file)
-        resume = f"python -m experiments.mnist_bn --resume {shlex.quote(str(self._path))}"
-        again = f": {resume} records it" * (name == "end")
-        self.missing.append(f"what probes/{file.name} would show, which is not there{again}")
-        return None
+        found = self._run.probes(name)
+        if found is None:
+            again = f": python -m experiments.mnist_bn --resume {self._path} records it"
+            what = f"what probes/{name}.npz would show, which is not there"
+            self.missing.append(what + again * (name == "end"))
+        return found
 
     def make(self, what: str, draw: Callable[[], T]) -> T | None:
-        """What `draw` returns, or None where it fails; damaged files are an error."""
+        """What `draw` returns, or None where it fails; arrays that are lacking are an error."""
         try:
             return draw()
-        except CheckpointError:
+        except (KeyError, rundir.WriteError):
             raise
         except Exception as error:
-            again = f"python -m experiments.report {shlex.quote(str(self._path))} tries again"
+            again = f"python -m experiments.report {self._path} tries again"
             self.missing.append(f"{what} ({shorten(error)}): {again}")
             return None
 
@@ -68,24 +66,25 @@ def redraw(path: Path, *, ended: bool = False) -> dict[str, Any]:
     Raises:
         ValueError: if the run has not ended, or files are damaged.
     """
-    config = rundir.read_config(path)
-    experiment = Experiment.load(config["experiment"])
-    lines = metrics.read(path)
-    expected = experiment.epochs * experiment.replicates * len(metrics.ARMS)
-    ended = ended or rundir.is_finished(path, experiment.epochs) or not probes.end_is_missing(path)
-    if len(lines) != expected or not ended:
+    run = Run(path)
+    path, experiment = run.path, run.experiment
+    replicate = metrics.finite_to_the_end(run.metrics) if run.epochs else None
+    looked_into = replicate is None or (path / "probes" / "end.npz").exists()
+    ended = ended or rundir.is_finished(path, experiment.epochs) or looked_into
+    whole = experiment.epochs * experiment.replicates * len(run.arms)
+    if len(run.lines) != whole or not ended:
         raise ValueError(
             f"{path} has not ended: go on with python -m experiments.mnist_bn --resume {path}, "
             f"which draws its report after {experiment.epochs} epochs"
         )
-    replicate = metrics.finite_to_the_end(lines)
-    marks = divergences.read(path)
-    summary = {**metrics.summarize(lines), "divergences": marks}
-    parts = Parts(path)
-    inside = {} if replicate is None else look_inside(path, experiment, replicate, parts)
+    marks = divergences.read(path, run.arms)
+    summary = {**metrics.summarize(run.metrics, run.reference), "divergences": marks}
+    parts = Parts(run)
+    short = words.phrases(run.labels, run.titles)
+    inside = {} if replicate is None else look_inside(run, replicate, parts, short)
 
     def draw_curves() -> tuple[bytes, bytes]:
-        drawn = figures.curves(metrics.curves(lines))
+        drawn = figures.curves(run.metrics, run.labels)
         return figures.to_png(drawn), figures.to_svg(drawn)
 
     curves = parts.make("the curves", draw_curves)
@@ -94,23 +93,21 @@ def redraw(path: Path, *, ended: bool = False) -> dict[str, Any]:
         rundir.write_bytes(path / "curves.svg", curves[1])
     html = render(
         "page.html.j2",
-        arms=metrics.ARMS,
-        certainty=format_certainty,
-        command=options.repeat(config),
-        config=config,
+        command=options.repeat(run.config),
+        config=run.config,
         curves=curves and svg_uri(curves[1]),
-        divergences=[divergences.describe(mark) for mark in marks],
-        experiment=experiment,
-        format=format_summary,
-        headline=words.headline(summary),
-        losses=words.losses(summary),
+        divergences=[divergences.describe(mark, run.labels) for mark in marks],
+        headline=words.headline(summary, run.labels, run.titles),
         inside=inside,
-        labels=metrics.LABELS,
+        losses=words.losses(summary, short),
         missing=parts.missing,
-        one_replicate=ONE_REPLICATE,
-        seconds=float(np.median([line["seconds"] for line in lines])),
+        names=short,
+        notebook=presets.NOTEBOOKS[experiment.preset],
+        one_replicate=console.ONE_REPLICATE,
+        run=run,
+        seconds=float(np.median([line["seconds"] for line in run.lines])),
         summary=summary,
-        titles=TITLES,
+        tables=console.tables(summary, run.titles, wide=True),
     )
     rundir.write_bytes(path / "report.html", html.encode(errors="replace"))
     for part in parts.missing:
@@ -119,114 +116,115 @@ def redraw(path: Path, *, ended: bool = False) -> dict[str, Any]:
     return summary
 
 
-def look_inside(path: Path, experiment: Experiment, replicate: int, parts: Parts) -> dict[str, Any]:
+def look_inside(run: Run, replicate: int, parts: Parts, names: Mapping[str, str]) -> dict[str, Any]:
     """What the page shows of a replicate that was finite to the end; writes `features.png`."""
     example, end = parts.read("example"), parts.read("end")
-    found = [parts.read(f"epoch-{k:03}") for k in range(1, experiment.epochs + 1)]
+    found = [parts.read(f"epoch-{k:03}") for k in range(1, run.epochs + 1)]
     epochs = [probes for probes in found if probes]
     first, last = found[0], found[-1]
-    pictures: list[Picture | None] = []
-    if example and last:
-        label, image = int(example["label"]), example["image"]
+    labels = run.labels
+    rows = f"a row for each network, {', '.join(names.values())}"
+    pictures: list[Picture] = []
 
-        def draw_features() -> tuple[bytes, Picture]:
-            png = figures.to_png(figures.features(image, label, last, replicate))
-            return png, Picture(
+    def add(what: str, draw: Callable[[], Picture]) -> None:
+        if picture := parts.make(what, draw):
+            pictures.append(picture)
+
+    if example and last:
+
+        def draw_features() -> Picture:
+            label, image = int(example["label"]), example["image"]
+            png = figures.to_png(figures.features(image, label, last, labels, replicate))
+            told = words.features(last, names, replicate)
+            rundir.write_bytes(run.path / "features.png", png)
+            return Picture(
                 "One digit through the layers",
                 png_uri(png),
-                words.features(label, last, replicate),
+                f"A test example of class {label} and what leaves each hidden layer: {rows}.",
                 "What leaves each hidden layer after the last epoch, each layer on its own scale. "
-                "Blue cells are padding.",
+                f"Blue cells are padding. {told}",
                 dark=False,
             )
 
-        if drawn := parts.make("the digit through the layers", draw_features):
-            rundir.write_bytes(path / "features.png", drawn[0])
-            pictures.append(drawn[1])
-    draw: dict[str, Callable[[], Picture]] = {}
+        add("the digit through the layers", draw_features)
     if len(epochs) == len(found):
-        draw["the activations over the epochs"] = partial(draw_percentiles, epochs, replicate)
+        add(
+            "the activations over the epochs",
+            lambda: Picture(
+                "What enters the activations, over the epochs",
+                _to_uri(layers.percentiles(epochs, labels, replicate)),
+                f"Percentiles of what enters the activations, by layer and epoch: {rows}.",
+                "Line: the median. Dark band: the middle half; light band: nine tenths of all "
+                "values, of a fixed sample of training examples with running statistics. Batch "
+                "normalization brings them to mean 0 and deviation 1, then scales and shifts them "
+                f"by what it has learned. {words.activations(epochs[-1], names, replicate)}"
+                f"{_tell_choice(epochs[-1], labels)}",
+            ),
+        )
     if first and last:
-        draw["the histograms of the activations"] = partial(draw_histograms, first, last, replicate)
-        several = experiment.replicates > 1
-        draw["the gradients"] = partial(draw_gradients, first, last, several)
-    if end:
-        draw["the running statistics"] = partial(draw_statistics, end)
-    pictures += [parts.make(what, drawing) for what, drawing in draw.items()]
+        add(
+            "the histograms of the activations",
+            lambda: Picture(
+                "What enters the activations, first and last epoch",
+                _to_uri(layers.histograms(first, last, labels, replicate)),
+                f"Histograms of the same values after the first and the last epoch: {rows}.",
+                f"Dotted after the first epoch, solid after the last.{_tell_choice(last, labels)}",
+            ),
+        )
+        bands = " Bands are 95 % intervals, cut where they would leave the picture."
+        add(
+            "the gradients",
+            lambda: Picture(
+                "How strong the gradients are",
+                _to_uri(layers.gradient_norms(first, last, labels)),
+                "Norms of the gradients by layer after the first and the last epoch, a line for "
+                "each network.",
+                "Norm of the gradient of the sample's loss in each kernel, in training mode. A "
+                "steep line means that some layers learn from much stronger gradients than others. "
+                f"{words.gradients(last, names)}{bands * (run.experiment.replicates > 1)}",
+            ),
+        )
+    normalized = [arm for arm in labels if end and layers.running_layers(end, arm)]
+    if end and normalized:
+        add(
+            "the running statistics",
+            lambda: Picture(
+                "Running statistics and those of the training set",
+                _to_uri(layers.statistics(end, labels)),
+                "Running means and deviations against those of the training set, by layer: "
+                f"{', '.join(names[arm] for arm in normalized)}.",
+                "One dot for each unit that batch normalization normalizes. On the line the "
+                "running average, by which evaluation normalizes, is what it estimates: the "
+                "statistic of the training set under the final weights, here over chunks of some "
+                f"thousand examples. {words.statistics(end, names)}",
+            ),
+        )
     return {
         "replicate": replicate,
-        "pictures": [picture for picture in pictures if picture],
-        "predictions": parts.make("the predictions", partial(tabulate, end)) if end else None,
+        "pictures": pictures,
+        "predictions": parts.make("the predictions", lambda: tabulate(end, run, names))
+        if end
+        else None,
     }
 
 
-def tabulate(end: Probes) -> dict[str, Any]:
-    """What both networks say of the test set."""
-    confusions = predictions.confusions(end)
+def tabulate(end: Probes, run: Run, names: Mapping[str, str]) -> dict[str, Any]:
+    """What the networks say of the test set."""
+    confusions = predictions.confusions(end, run.arms)
     return {
         "classes": predictions.classes(confusions),
         "confusions": confusions,
-        "mistakes": words.mistakes(confusions),
+        "mistakes": words.mistakes(confusions, names),
         "most_mistakes": max(1, *(predictions.off_diagonal(c).max() for c in confusions.values())),
-        "disagreements": predictions.disagreements(end),
+        "disagreements": predictions.disagreements(end, run.arms, run.reference),
     }
 
 
-def draw_percentiles(epochs: Sequence[Probes], replicate: int) -> Picture:
-    """The picture of what enters the activations, over the epochs."""
-    told = words.activations(epochs[-1], replicate)
-    return Picture(
-        "What enters the activations, over the epochs",
-        svg_uri(figures.to_svg(layers.percentiles(epochs, replicate))),
-        "Percentiles of the values that enter the activations, by layer and epoch, with batch "
-        f"normalization above and without below. {told}",
-        "Line: the median. Dark band: the middle half; light band: nine tenths of all values, "
-        "of a fixed sample of training examples with running statistics. Batch normalization "
-        "brings them to mean 0 and deviation 1, then scales and shifts them by what it has "
-        f"learned. {told}{_tell_choice(epochs[-1]['bn/percentiles'].shape[1])}",
-    )
+def _to_uri(figure: Figure) -> str:
+    return svg_uri(figures.to_svg(figure))
 
 
-def draw_histograms(first: Probes, last: Probes, replicate: int) -> Picture:
-    """The picture of what enters the activations after the first epoch and after the last."""
-    told = words.activations(last, replicate)
-    return Picture(
-        "What enters the activations, first and last epoch",
-        svg_uri(figures.to_svg(layers.histograms(first, last, replicate))),
-        f"Histograms of the same values after the first and the last epoch. {told}",
-        "Dotted after the first epoch, solid after the last."
-        + _tell_choice(last["bn/percentiles"].shape[1]),
-    )
-
-
-def draw_gradients(first: Probes, last: Probes, several: bool) -> Picture:
-    """The picture of the norms of gradients; bands are drawn where there are several replicates."""
-    bands = " Bands are 95 % intervals, cut where they would leave the picture." * several
-    told = words.gradients(last)
-    return Picture(
-        "How strong the gradients are",
-        svg_uri(figures.to_svg(layers.gradient_norms(first, last))),
-        f"Norms of the gradients by layer. {told}",
-        "Norm of the gradient of the sample's loss in each kernel, in training mode. A steep "
-        "line means that some layers learn from much stronger gradients than others. "
-        f"{told}{bands}",
-    )
-
-
-def draw_statistics(end: Probes) -> Picture:
-    """The picture of running statistics against those of the training set."""
-    told = words.statistics(end)
-    return Picture(
-        "Running statistics and those of the training set",
-        svg_uri(figures.to_svg(layers.statistics(end))),
-        f"Running statistics against those of the training set. {told}",
-        "One dot for each unit of the network with batch normalization. On the line the "
-        "running average, by which evaluation normalizes, is what it estimates: the statistic "
-        "of the training set under the final weights, here over chunks of some thousand examples. "
-        f"{told}{_tell_choice(len(layers.batch_norms(end)))}",
-    )
-
-
-def _tell_choice(depth: int) -> str:
+def _tell_choice(probes: Probes, arms: Iterable[str]) -> str:
+    depth = max(probes[f"{arm}/percentiles"].shape[1] for arm in arms)
     shown = [layer + 1 for layer in layers.choose_layers(depth)]
     return f" Of {depth} layers {', '.join(map(str, shown))} are drawn." * (len(shown) < depth)

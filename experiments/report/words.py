@@ -1,4 +1,7 @@
-"""What a page says of a run, in words computed from its numbers."""
+"""What a page says of a run, in words computed from its numbers.
+
+`names` are what `phrases` makes of labels or titles: `with BN`, `for my norm`.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,112 +10,196 @@ import numpy as np
 
 from bnjax.statistics import summarize
 from experiments.lab.console import format_summary
-from experiments.lab.metrics import ARMS, LABELS
 from experiments.report import layers, predictions
-from experiments.report.figures import Probes
+from experiments.report.figures import Probes, features_of
 
 METRIC = "test_accuracy"
+UNSAID = "without"  # what a sentence that begins with "with" is held against anyway
 
 
-def headline(summary: Mapping[str, Any]) -> str:
-    """The difference in test accuracy, how often it was so, and how sure it is.
+def phrases(first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, str]:
+    """Each arm as it stands in a sentence: the first of its two names that begins with "with".
+
+    Example:
+        >>> phrases({"a": "with A", "b": "B", "c": "C"}, {"a": "A", "b": "without D", "c": "see"})
+        {'a': 'with A', 'b': 'without D', 'c': 'for C'}
+    """
+    return {
+        arm: next(
+            (text for text in (name, second[arm]) if text.startswith(("with ", "without "))),
+            f"for {name}",
+        )
+        for arm, name in first.items()
+    }
+
+
+def headline(
+    summary: Mapping[str, Any], labels: Mapping[str, str], titles: Mapping[str, str]
+) -> str:
+    """Which arm was best by test accuracy, by how much, how often it was so, and how sure it is.
 
     Args:
         summary: of a run.
+        labels: `{arm: label}`.
+        titles: `{arm: title}`.
     """
-    lost = [arm for arm in ARMS if summary["arms"][arm][METRIC]["mean"] is None]
-    if len(lost) == len(ARMS):
-        return "Both networks diverged in every replicate"
-    if lost:
-        (left,) = (arm for arm in ARMS if arm not in lost)
-        accuracy = format_summary(METRIC, summary["arms"][left][METRIC])
+    short, long = phrases(labels, titles), phrases(titles, labels)
+    means = {arm: of_arm[METRIC]["mean"] for arm, of_arm in summary["arms"].items()}
+    accuracy = {
+        arm: format_summary(METRIC, of_arm[METRIC]) for arm, of_arm in summary["arms"].items()
+    }
+    left = [arm for arm, mean in means.items() if mean is not None]
+    if not left:
+        which = {1: "The network", 2: "Both networks"}.get(len(means), "All networks")
+        return f"{which} diverged in every replicate"
+    if len(means) == 1:
+        return f"{_capital(long[left[0]])} test accuracy was {accuracy[left[0]]}"
+    if len(means) > 2:
+        return _best(summary, accuracy, short, long)
+    if len(left) == 1:
+        (lost,) = set(means) - set(left)
         return (
-            f"{_capital(LABELS[lost[0]])} the network diverged in every replicate; "
-            f"{LABELS[left]} test accuracy was {accuracy}"
+            f"{_capital(short[lost])} the network diverged in every replicate; "
+            f"{short[left[0]]} test accuracy was {accuracy[left[0]]}"
         )
-    difference = summary["paired_differences"][METRIC]
+    reference = summary["reference"]
+    ((arm, differences),) = summary["differences"].items()
+    difference = differences[METRIC]
     if difference["mean"] is None:
         return "No pair of networks was left to compare: in each one of them diverged"
-    points = round(100 * difference["mean"], 1)
-    how = "higher" if points >= 0 else "lower"
-    told = f"With batch normalization test accuracy was {abs(points):.1f} points {how}"
-    if not points:
-        told = "With and without batch normalization test accuracy was the same"
+    told = _compare(difference, "" if titles[reference] == UNSAID else long[reference])
+    told = f"{_capital(long[arm])} test accuracy was {told}"
     if difference["interval"] is None:
-        arms = (format_summary(METRIC, summary["arms"][arm][METRIC]) for arm in ARMS)
-        told += f": {' against '.join(arms)}, in one replicate"
+        told += f": {accuracy[arm]} against {accuracy[reference]}"
+    return told + _certainty(difference, summary["replicates"])
+
+
+def _best(
+    summary: Mapping[str, Any],
+    accuracy: Mapping[str, str],
+    short: Mapping[str, str],
+    long: Mapping[str, str],
+) -> str:
+    """Of more than two arms the best, and how sure it is against the reference."""
+    reference, replicates = summary["reference"], summary["replicates"]
+    ranked = _rank(summary, METRIC)[::-1]
+    best = [arm for arm in ranked if accuracy[arm] == accuracy[ranked[0]]]
+    told = f"{_capital(' and '.join(long[arm] for arm in best))} test accuracy was best, "
+    told += accuracy[best[0]]
+    for arm in [arm for arm in ranked if arm != reference][:1]:
+        difference = summary["differences"][arm][METRIC]
+        if difference["mean"] is not None:
+            told += ": " if [arm] == best else f"; {long[arm]} "
+            told += _compare(difference, long[reference]) + _certainty(difference, replicates)
+    lost = [
+        f"{short[arm]} in {replicates - of_arm[METRIC]['n']}"
+        for arm, of_arm in summary["arms"].items()
+        if arm not in ranked
+    ]
+    return told + f"; not ranked, as they diverged: {', '.join(lost)} of {replicates}" * bool(lost)
+
+
+def _rank(summary: Mapping[str, Any], metric: str) -> list[str]:
+    """The arms by a metric, the lowest first: those that were finite in the most replicates."""
+    found = {arm: of_arm[metric] for arm, of_arm in summary["arms"].items()}
+    most = max(one["n"] for one in found.values())
+    kept = [arm for arm, one in found.items() if one["n"] == most > 0]
+    return sorted(kept, key=lambda arm: found[arm]["mean"])
+
+
+def _compare(difference: Mapping[str, Any], against: str) -> str:
+    points = round(100 * difference["mean"], 1)
+    if not points:
+        return f"the same as {against or UNSAID}"
+    told = f"{abs(points):.1f} points {'higher' if points > 0 else 'lower'}"
+    return told + f" than {against}" * bool(against)
+
+
+def _certainty(difference: Mapping[str, Any], replicates: int) -> str:
+    points, n = round(100 * difference["mean"], 1), difference["n"]
+    if difference["interval"] is None:
+        told = ", in one replicate"
     else:
-        higher, n = difference["favour"], difference["n"]
-        lower = n - higher - difference["ties"]
-        count = lower if points < 0 else higher
+        higher = difference["wins"]
+        count = n - higher - difference["ties"] if points < 0 else higher
         low, high = (100 * bound for bound in difference["interval"])
-        told += f", {'higher with it ' * (not points)}in {count} of {n} replicates"
+        told = f", {'higher ' * (not points)}in {count} of {n} replicates"
         told += f"; 95 % interval {low:+.1f} to {high:+.1f} points"
-        if points and low <= 0 <= high:
-            told += ", which includes no difference"
-    left_out = summary["replicates"] - difference["n"]
+        told += ", which includes no difference" * (bool(points) and low <= 0 <= high)
+    left_out = replicates - n
     return told + f"; {left_out} left out, in which a network diverged" * bool(left_out)
 
 
-def losses(summary: Mapping[str, Any]) -> str:
-    """The differences in test loss and training cost; empty where no pair is left."""
+def losses(summary: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """The differences in test loss and training cost, or which arms have the lowest.
+
+    Empty where no pair is left, or there was none.
+    """
     told = []
-    for metric, name in (("test_loss", "Test loss"), ("train_cost", "training cost")):
-        mean = summary["paired_differences"][metric]["mean"]
-        if mean is None:
-            return ""
-        told.append(f"{name} was {abs(mean):.3g} {'higher' if mean > 0 else 'lower'}")
-    return f"{told[0]}, {told[1]} with it."
+    for metric, name in (("test_loss", "test loss"), ("train_cost", "training cost")):
+        if len(names) > 2 and (ranked := _rank(summary, metric)):
+            lowest = summary["arms"][ranked[0]][metric]["mean"]
+            told.append(f"{name} was lowest {names[ranked[0]]}, {lowest:.3g}")
+        for arm, of_arm in summary["differences"].items():
+            mean = of_arm[metric]["mean"]
+            if len(names) == 2 and mean is not None:
+                it = " with it" * (name == "training cost" and names[arm].startswith("with "))
+                told.append(f"{name} was {abs(mean):.3g} {'higher' if mean > 0 else 'lower'}{it}")
+    return f"{_capital(', '.join(told))}." if told else ""
 
 
-def features(label: int, last: Probes, replicate: int) -> str:
-    """What leaves each layer for one test example, for the alt text."""
+def features(last: Probes, names: Mapping[str, str], replicate: int) -> str:
+    """How much of what leaves each layer for one test example is zero."""
     told = []
-    for arm in ARMS:
-        depth = sum(name.startswith(f"{arm}/features_") for name in last)
-        values = [last[f"{arm}/features_{k}"][replicate, 0] for k in range(1, depth + 1)]
-        zeros = ", ".join(f"{np.mean(one == 0):.0%}" for one in values)
-        told.append(f"{LABELS[arm]} {zeros}")
-    return (
-        f"A test example of class {label} and, as gray images, what leaves each hidden layer, with "
-        "batch normalization above and without below. Shares of units that are zero, layer by "
-        f"layer: {'; '.join(told)}."
-    )
+    for arm, name in names.items():
+        zeros = [f"{np.mean(one == 0):.0%}" for one in features_of(last, arm, replicate)]
+        told.append(f"{name} {', '.join(zeros)}")
+    return f"Shares of values that are zero, layer by layer: {'; '.join(told)}."
 
 
-def activations(last: Probes, replicate: int) -> str:
+def activations(last: Probes, names: Mapping[str, str], replicate: int) -> str:
     """How wide the values before the activations spread in the last layer."""
     told = []
-    for arm in ARMS:
+    for arm, name in names.items():
         low, *_, high = last[f"{arm}/percentiles"][replicate, -1]
-        told.append(f"{LABELS[arm]} from {low:.3g} to {high:.3g}")
+        told.append(f"{name} from {low:.3g} to {high:.3g}")
     return f"After the last epoch nine tenths of them lie, in the last layer, {', '.join(told)}."
 
 
-def gradients(last: Probes) -> str:
+def gradients(last: Probes, names: Mapping[str, str]) -> str:
     """The norms of the first and the last kernel's gradient."""
     told = []
-    for arm in ARMS:
+    for arm, name in names.items():
         norms = last[f"{arm}/gradient_norms"]
         ends = [summarize(norms[:, layer]).mean for layer in (0, -1)]
         first, final = ("not finite" if mean is None else f"{mean:.2g}" for mean in ends)
-        told.append(f"{LABELS[arm]} {first} in the first layer, {final} in the last")
+        told.append(f"{name} {first} in the first layer, {final} in the last")
     return f"After the last epoch: {'; '.join(told)}."
 
 
-def statistics(end: Probes) -> str:
+def statistics(end: Probes, names: Mapping[str, str]) -> str:
     """How far running statistics are from those of the training set."""
-    ratios = [
-        np.median(end[f"running/{name}/var"] / end[f"population/{name}/var"])
-        for name in layers.batch_norms(end)
-    ]
+    told = {}
+    for arm in names:
+        ratios = []
+        for layer in layers.running_layers(end, arm):
+            running, whole = (
+                end[f"{arm}/{kind}/{layer}/var"] for kind in ("running", "population")
+            )
+            varied = whole > 0  # a unit that is dead has no ratio
+            ratios.append(
+                f"{np.median(running[varied] / whole[varied]):.3f}" if any(varied) else "-"
+            )
+        if ratios:
+            told[arm] = ", ".join(ratios)
+    several = "; ".join(f"{names[arm]} {ratios}" for arm, ratios in told.items())
     return (
         "The median ratio of running variance to that of the training set is, layer by layer, "
-        f"{', '.join(f'{ratio:.3f}' for ratio in ratios)}."
+        f"{several if len(told) > 1 else ''.join(told.values())}."
     )
 
 
-def mistakes(confusions: Mapping[str, np.ndarray]) -> str:
+def mistakes(confusions: Mapping[str, np.ndarray], names: Mapping[str, str]) -> str:
     """How many mistakes each network makes, and which one most often."""
     told = []
     for arm, counts in confusions.items():
@@ -120,7 +207,7 @@ def mistakes(confusions: Mapping[str, np.ndarray]) -> str:
         label, taken = np.unravel_index(wrong.argmax(), wrong.shape)
         other = "something else" if taken == predictions.CLASSES else taken
         most = f", most often {label} taken for {other} ({wrong.max()} times)" * bool(wrong.any())
-        told.append(f"{LABELS[arm]} {wrong.sum()} mistakes{most}")
+        told.append(f"{names[arm]} {wrong.sum()} mistakes{most}")
     return _capital("; ".join(told))
 
 

@@ -1,0 +1,171 @@
+"""Normalizations by name, as `bnjax.models` takes them: each makes a module for training or not."""
+
+import math
+import re
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array, lax
+
+from bnjax.layers import BatchNorm
+from bnjax.moments import centre, check_sample_count, statistics_dtype
+from bnjax.names import choose
+
+EPSILON = 1e-5
+
+Norm = Callable[[bool], nn.Module]
+"""Makes the normalization of a layer, in training mode or not."""
+
+
+class GroupNorm(nn.Module):
+    """Group normalization: each example by its own groups of features, over all their positions.
+
+        y = scale * (x - mean) / sqrt(var + epsilon) + bias
+
+    One group is layer normalization. Flax's layers have the same outputs, but lose three digits
+    for every factor of a thousand by which data are away from zero.
+
+    Attributes:
+        num_groups: into so many parts the features are cut; must divide them.
+        centred: subtract the mean and add a bias; without it this is root mean square
+            normalization, `y = scale * x / sqrt(mean(x^2) + epsilon)`.
+
+    Source: Wu & He, "Group normalization" (2018); Ba, Kiros & Hinton, "Layer normalization"
+    (2016); Zhang & Sennrich, "Root mean square layer normalization" (2019).
+
+    Example:
+        >>> import jax
+        >>> x = jnp.array([[1.0, 3.0, 10.0, 30.0]])
+        >>> y, _ = GroupNorm(num_groups=2).init_with_output(jax.random.key(0), x)
+        >>> print(y.round(3))
+        [[-1.  1. -1.  1.]]
+    """
+
+    num_groups: int = 1
+    centred: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Normalizes `x`, `[N, ..., C]` floating point.
+
+        Raises:
+            ValueError: if the groups do not divide C.
+        """
+        x = jnp.asarray(x)
+        size, rest = divmod(x.shape[-1], self.num_groups)
+        if rest or not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f"x is {x.dtype}{list(x.shape)}: expected floating point with features that "
+                f"{self.num_groups} groups divide"
+            )
+        dtype = statistics_dtype(x)
+        groups = x.astype(dtype).reshape(x.shape[0], -1, self.num_groups, size)
+        mean = partial(jnp.mean, axis=(1, 3), keepdims=True)
+        if self.centred:  # once by a rounded mean, which is not to be differentiated, and once more
+            groups = groups - lax.stop_gradient(mean(groups))
+            groups = groups - mean(groups)
+        groups = groups / jnp.sqrt(mean(jnp.square(groups)) + EPSILON)
+        features = (1,) * (x.ndim - 1) + x.shape[-1:]
+        y = groups.reshape(x.shape)
+        y = self.param("scale", nn.initializers.ones, x.shape[-1:]).reshape(features) * y
+        if self.centred:
+            y = y + self.param("bias", nn.initializers.zeros, x.shape[-1:]).reshape(features)
+        return y.astype(x.dtype)
+
+
+class MeanOnlyBatchNorm(nn.Module):
+    """Mean-only batch normalization: subtracts the mean, adds a bias, does not divide.
+
+        y = x - mean + bias,   running mean' = momentum * running mean + (1 - momentum) * mean
+
+    Attributes:
+        use_running_average: subtract the running mean (evaluation), not that of the batch.
+        momentum: what the running mean keeps of itself at each batch.
+
+    Source: Salimans & Kingma, "Weight normalization" (2016), section 4.
+
+    Example:
+        >>> import jax
+        >>> layer = MeanOnlyBatchNorm(use_running_average=False)
+        >>> y, _ = layer.init_with_output(jax.random.key(0), jnp.array([[1.0], [3.0]]))
+        >>> print(y.ravel())
+        [-1.  1.]
+    """
+
+    use_running_average: bool
+    momentum: float = 0.9
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Normalizes `x`, `[N, ..., C]` floating point.
+
+        Raises:
+            ValueError: if training finds fewer than two samples per feature; `init` accepts any.
+        """
+        x = jnp.asarray(x)
+        dtype, features = statistics_dtype(x), x.shape[-1:]
+        bias = self.param("bias", nn.initializers.zeros, features)
+        running = self.variable("batch_stats", "mean", jnp.zeros, features, dtype)
+        rows = x.astype(dtype).reshape(-1, *features)
+        untrainable = self.is_initializing() and math.prod(x.shape[:-1]) in (0, 1)
+        if self.use_running_average or untrainable:
+            rows = rows - running.value[None]
+        else:
+            check_sample_count(x)
+            rows, (mean, _, count) = centre(rows, None, None)
+            if not self.is_initializing():
+                new = self.momentum * running.value + (1 - self.momentum) * mean
+                running.value = jnp.where(count >= 2, new, running.value)
+        return (rows + bias.astype(dtype)[None]).reshape(x.shape).astype(x.dtype)
+
+
+def _batch(train: bool, **fields: object) -> nn.Module:
+    """Batch normalization with the conventions of PyTorch's `nn.BatchNorm1d`."""
+    settings = {"momentum": 0.9, "epsilon": EPSILON, "ddof": 1, **fields}
+    return BatchNorm(use_running_average=not train, **settings)  # type: ignore[arg-type]
+
+
+def _ghost(size: int) -> Norm:
+    return partial(_batch, virtual_batch_size=size)
+
+
+def _group(groups: int) -> Norm:
+    return lambda train: GroupNorm(groups)
+
+
+NORMS: dict[str, Callable] = {
+    "batch": _batch,
+    "ghost(SIZE)": _ghost,
+    "renorm": partial(_batch, renorm=(3.0, 5.0)),
+    "layer": lambda train: GroupNorm(),
+    "rms": lambda train: GroupNorm(centred=False),
+    "group(GROUPS)": _group,
+    "mean_only": lambda train: MeanOnlyBatchNorm(use_running_average=not train),
+    "batch_no_affine": partial(_batch, use_scale=False, use_bias=False),
+}
+"""By name what makes a module of `train`; those with a parameter make that of a number first."""
+
+
+def norm(name: str) -> Norm:
+    """The normalization of that name, a key of `NORMS`, its parameter in parentheses a number.
+
+    Args:
+        name: e.g. `"batch"` or `"group(8)"`.
+
+    Raises:
+        ValueError: if there is none, with the nearest name, or its number is too small.
+
+    Example:
+        >>> norm("ghost(25)")(True).virtual_batch_size
+        25
+    """
+    if match := re.fullmatch(r"(ghost|group)\((\d{1,9})\)", name, re.ASCII):
+        least = {"ghost": 2, "group": 1}[match[1]]
+        if int(match[2]) < least:
+            raise ValueError(f"{name}: expected a number of at least {least}")
+        return {"ghost": _ghost, "group": _group}[match[1]](int(match[2]))
+    if choose("norm", name, NORMS).endswith(")"):
+        raise ValueError(f"{name}: expected a number in parentheses, as in {name.split('(')[0]}(8)")
+    return NORMS[name]
