@@ -99,7 +99,6 @@ def test_a_command_is_watched_from_its_start():
     code = "import time; time.sleep(0.2); print('1/15', flush=True); time.sleep(0.2)"
     found = benchmark._watch([sys.executable, "-c", code], {})
     assert 0.2 < found["first_epoch"] < found["total"] - 0.15
-    assert 2**20 < found["peak_memory"] < 2**26
     assert found["ready"] is None
     with pytest.raises(RuntimeError, match="failed"):
         benchmark._watch([sys.executable, "-c", "raise SystemExit(3)"], {})

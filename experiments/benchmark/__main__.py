@@ -3,8 +3,8 @@
     python -m experiments.benchmark --data-dir DIR --json benchmark.json
     python -m experiments.benchmark --scaling
 
-Four parts: the operation (batch normalization, forward and backward), the paired epoch of the
-preset boostcourse, how its cost grows, and the whole command from its start. Peers take part where
+Three parts: the operation (batch normalization, forward and backward), the paired epoch of the
+preset boostcourse, and the whole command from its start. Peers take part where
 they are installed: pip install '.[bench]'. Contenders take turns, each in a process of its own;
 medians are compared, and the spread is the distance of the quartiles. It takes some ten minutes.
 """
@@ -40,12 +40,6 @@ from experiments.lab import rundir
 from experiments.lab.console import print_plain
 
 REPLICATES = (1, 2, 8, 32)
-GROWTH: dict[str, tuple[Any, ...]] = {
-    "batch_size": (50, 100, 200, 400),
-    "width": ((16, 16), (32, 32), (128, 128), (512, 512)),
-    "depth": ((32,), (32,) * 2, (32,) * 4, (32,) * 8),
-}
-SHOWN: dict[str, Callable[[Any], int]] = {"batch_size": int, "width": max, "depth": len}
 EPOCHS = 15
 PEERS = {
     "PyTorch": ("torch", loops.pytorch),
@@ -53,26 +47,14 @@ PEERS = {
     "Flax loop": ("flax", loops.flax),
     "Keras on JAX": ("keras", loops.keras),
 }
-# Runs a command from a small process: a child's peak memory begins with that of its parent.
-WATCHED = """
-import subprocess, sys
-status = subprocess.run(sys.argv[1:]).returncode
-try:
-    import resource
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    print("peak memory", peak * (1 if sys.platform == "darwin" else 1024), flush=True)
-except ImportError:  # as on Windows
-    pass
-sys.exit(status)
-"""
-Part = Literal["operation", "epoch", "growth", "start"]
+Part = Literal["operation", "epoch", "start"]
 
 
 @dataclass(frozen=True)
 class Settings:
     """What to measure."""
 
-    parts: tuple[Part, ...] = ("operation", "epoch", "growth", "start")
+    parts: tuple[Part, ...] = ("operation", "epoch", "start")
     """Which parts to run."""
 
     dataset: str = "auto"
@@ -119,7 +101,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parts: dict[str, Callable[[], tuple[Any, Table]]] = {
             "operation": lambda: _operation(settings.repeats),
             "epoch": lambda: _epoch(data, settings.repeats),
-            "growth": lambda: _growth(data, settings.repeats),
             "start": lambda: _start(data, settings, Path(scratch)),
         }
         found: dict[str, Any] = rundir.provenance()
@@ -223,22 +204,6 @@ def matmul_rate(size: int = 2048) -> float:
     return 2 * size**3 / median(times)
 
 
-def _growth(data: str, repeats: int) -> tuple[Any, Table]:
-    table = _table("bnjax: one replicate's epoch by", "", "seconds", "spread")
-    found: dict[str, list[dict[str, Any]]] = {}
-    for name, values in GROWTH.items():
-        field = "batch_size" if name == "batch_size" else "hidden_sizes"
-        for value in values:
-            job = Job(data)._replace(**{field: value})
-            train = [seconds for seconds, _ in alternate({"": (loops.bnjax, job)}, repeats)[""]]
-            found.setdefault(name, []).append({field: value, "seconds": train})
-            shown = SHOWN[name](value)
-            row = (name.replace("_", " "), f"{shown}")
-            table.add_row(*row, f"{median(train):.3f}", f"{spread(train):.3f}")
-        table.add_section()
-    return found, table
-
-
 def _start(data: str, settings: Settings, scratch: Path) -> tuple[Any, Table]:
     ours = [sys.executable, "-m", "experiments.mnist_bn", "--dataset", settings.dataset]
     if settings.data_dir is not None:
@@ -247,13 +212,9 @@ def _start(data: str, settings: Settings, scratch: Path) -> tuple[Any, Table]:
     commands = {"bnjax, cold": ours, "bnjax, warm": ours}
     commands["bnjax, 8 replicates"] = [*ours, "--replicates", "8"]
     if importlib.util.find_spec("torch"):
-        script = [
-            sys.executable,
-            "-m",
-            "experiments.benchmark.loops",
-            json.dumps(Job(data)._asdict()),
-        ]
-        commands["PyTorch script"] = [*script, f"{EPOCHS}"]
+        job = json.dumps(Job(data)._asdict())
+        script = [sys.executable, "-m", "experiments.benchmark.loops", job, f"{EPOCHS}"]
+        commands["PyTorch script"] = script
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
     for repeat in range(math.ceil(settings.repeats / 2)):
         cache = {**os.environ, "XDG_CACHE_HOME": str(_cold_cache(scratch / f"cache-{repeat}"))}
@@ -262,15 +223,14 @@ def _start(data: str, settings: Settings, scratch: Path) -> tuple[Any, Table]:
             shutil.rmtree(scratch / "run", ignore_errors=True)
     table = _table(
         f"The whole command, {EPOCHS} epochs: seconds until",
-        *("data loaded", "first epoch shown", "end", "spread", "memory, GiB"),
+        *("data loaded", "first epoch shown", "end", "spread"),
     )
     for name, measured in found.items():
-        ready, first, total, memory = ([m[key] for m in measured] for key in measured[0])
+        ready, first, total = ([m[key] for m in measured] for key in measured[0])
         table.add_row(
             name,
             *("-" if None in s else f"{median(s):.1f}" for s in (ready, first, total)),
             f"{spread(total):.1f}",
-            "-" if None in memory else f"{max(memory) / 2**30:.2f}",
         )
     return found, table
 
@@ -286,20 +246,17 @@ def _cold_cache(path: Path) -> Path:
 
 
 def _watch(command: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
-    """Seconds until a command is ready to train, its first epoch and its end; its peak memory.
+    """Seconds until a command is ready to train, its first epoch and its end.
 
     What it does not tell of is None.
     """
     start = time.perf_counter()
-    found: dict[str, Any] = dict.fromkeys(("ready", "first_epoch", "total", "peak_memory"))
-    watched = [sys.executable, "-c", WATCHED, *command]
-    with subprocess.Popen(watched, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    found: dict[str, Any] = dict.fromkeys(("ready", "first_epoch", "total"))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         for line in process.stdout or ():
             for name, beginning in (("ready", "run directory"), ("first_epoch", "1/")):
                 if line.startswith(beginning):
                     found[name] = time.perf_counter() - start
-            if line.startswith("peak memory"):
-                found["peak_memory"] = float(line.split()[-1])
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} failed")
     return {**found, "total": time.perf_counter() - start}
