@@ -41,18 +41,22 @@ def mnist_directory() -> Path:
     return SHARED_MNIST
 
 
-@pytest.fixture(scope="session")
-def cache_home(tmp_path_factory) -> Path:
-    """A directory for `$XDG_CACHE_HOME` in which a command finds what was compiled before."""
-    home = tmp_path_factory.mktemp("cache_home")
+def make_cache(home: Path) -> Path:
+    """A directory for `$XDG_CACHE_HOME` in which commands find what was compiled before."""
     (home / "bnjax").mkdir()
     (home / "bnjax" / "programs").symlink_to(PROGRAMS, target_is_directory=True)
     return home
 
 
+@pytest.fixture(scope="session")
+def cache_home(tmp_path_factory) -> Path:
+    """A cache that several tests share."""
+    return make_cache(tmp_path_factory.mktemp("cache_home"))
+
+
 @pytest.fixture(autouse=True)
-def no_surroundings(monkeypatch, tmp_path_factory, cache_home):
+def no_surroundings(monkeypatch, tmp_path_factory):
     """Tests see neither the user's data nor the user's cache."""
     monkeypatch.delenv("BNJAX_DATA_DIR", raising=False)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.getbasetemp() / "no tfds"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(make_cache(tmp_path_factory.mktemp("cache"))))

@@ -12,11 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from matplotlib.figure import Figure
 from scipy import stats
 
-from bnjax import data, functional, models, training
+from bnjax import data, functional, models, norms, training
 from bnjax.functional import BatchStats
 from bnjax.training import Batch
 from experiments.claims import (
@@ -39,7 +38,6 @@ from experiments.claims import (
     printed_figures,
     scale_invariance,
 )
-from experiments.lab import devices
 from experiments.report import figures
 
 PASS, FAIL, INCONCLUSIVE = Verdict
@@ -259,19 +257,6 @@ SMALLER = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory):
-    """What several replicates need is compiled once, as by the command."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    compilation_cache.reset_cache()
-    devices.enable_compilation_cache(tmp_path_factory.mktemp("programs"))
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
 @functools.cache
 def few_digits() -> data.Dataset:
     digits = data.load("digits")
@@ -279,12 +264,9 @@ def few_digits() -> data.Dataset:
 
 
 def run(claim: Claim) -> Evidence:
-    """A quick run of two replicates on a few digits, whose parts have been JSON."""
-
-    def each(parts, compute):
-        return {part: json.loads(json.dumps(compute(part))) for part in parts}
-
-    return claim.run(Settings(few_digits(), quick=True, replicates=2, each=each))
+    """A quick run of two replicates on a few digits, that has been JSON."""
+    found = claim.run(Settings(few_digits(), quick=True, replicates=2))
+    return Evidence(**json.loads(json.dumps(found._asdict())))
 
 
 @pytest.mark.parametrize(
@@ -393,7 +375,7 @@ class TestNoisyBatchNorm:
     def test_evaluates_with_the_mean_of_its_noise(self):
         variables = self.train(self.X)[1]
         y = landscape.NoisyBatchNorm(use_running_average=True).apply(variables, self.X)
-        plain = models.TORCH_BATCH_NORM(use_running_average=True)
+        plain = norms.norm("batch")(False)
         expected = plain.apply(
             {kind: own["BatchNorm_0"] for kind, own in variables.items()}, self.X
         )

@@ -23,7 +23,7 @@ from factories import idx
 from bnjax.data import FILES, SOURCES, Dataset, DataWarning, cache_directory, download, load
 from bnjax.errors import DownloadError
 from experiments import mnist_bn, reproduce, sweep
-from experiments.lab import devices
+from experiments.lab import devices, loop
 
 ZIPPED = [f"{file}.gz" for file in FILES]
 NOBODY = 65534
@@ -368,12 +368,16 @@ def test_without_a_home_a_cache_that_is_named_does(server, arrays, monkeypatch, 
 
 @pytest.mark.usefixtures("no_home")
 @pytest.mark.parametrize(
-    ("command", "work", "arguments"),
-    [(mnist_bn, "run", []), (sweep, "_train_once", []), (reproduce, "run", ["all"])],
+    ("main", "module", "work", "arguments"),
+    [
+        (mnist_bn.main, loop, "run", []),
+        (sweep.main, sweep, "_train_once", []),
+        (reproduce.main, reproduce, "run", ["all"]),
+    ],
     ids=["mnist_bn", "sweep", "reproduce"],
 )
 def test_without_a_home_a_command_starts_and_keeps_no_programs(
-    monkeypatch, tmp_path, command, work, arguments
+    monkeypatch, tmp_path, main, module, work, arguments
 ):
     class StartedError(Exception):
         pass
@@ -381,12 +385,12 @@ def test_without_a_home_a_command_starts_and_keeps_no_programs(
     def start(*_):
         raise StartedError
 
-    monkeypatch.setattr(command, work, start)
+    monkeypatch.setattr(module, work, start)
     monkeypatch.setattr(
         devices, "enable_compilation_cache", lambda directory: pytest.fail(f"{directory}")
     )
     with pytest.raises(StartedError):
-        command.main([*arguments, "--dataset", "digits", "--out", str(tmp_path / "out")])
+        main([*arguments, "--dataset", "digits", "--out", str(tmp_path / "out")])
 
 
 def test_download_errors_are_value_errors():

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from bnjax import initializers, models, paired
-from bnjax.paired import Arm, Epoch, Lane
+from bnjax.paired import Arm, Epoch, Placement, Trainer
 from bnjax.parallel.mesh import make_mesh
 from bnjax.training import Batch, Metrics
 from experiments.lab.grids import Cell, accuracy, by_cell, epochs_of, networks, train_grid
@@ -105,10 +105,11 @@ def test_a_cell_is_plain_sgd_from_scaled_normal_kernels(trained):
         )
         for name, use in (("bn", True), ("no_bn", False))
     ]
-    lanes = [Lane((arm,), make_mesh()) for arm in arms]
-    states = paired.create_states(lanes, keys(), TRAIN.images[:2])
+    placements = [Placement((arm,), make_mesh()) for arm in arms]
+    trainer = Trainer(placements, keys(), TRAIN, TEST, BATCH)
+    states = trainer.initial_states()
     states = {name: scaled(state, CELLS[1].std) for name, state in states.items()}
-    plain = paired.run(lanes, states, keys(), TRAIN, TEST, epochs=range(1, 3), batch_size=BATCH)
+    plain = trainer.epochs(states, range(1, 3))
     for found, expected in zip(trained.epochs, plain, strict=True):
         for arm in ("bn", "no_bn"):
             for part in ("steps", "train", "test"):

@@ -10,6 +10,7 @@ import pytest
 from factories import write_idx
 
 from bnjax import data
+from experiments import mnist_bn
 
 README = Path(__file__).parents[1] / "README.md"
 TEXT = README.read_text()
@@ -22,8 +23,18 @@ COMMANDS = [block for block in BLOCKS if not any(part in block for part in ELSEW
 MODULES = sorted(set(re.findall(r"python -m (experiments\.\w+)", TEXT)))
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """Where a reader has run the first command, on digits."""
+    home = tmp_path_factory.mktemp("home")
+    arguments = "--dataset", "digits", "--epochs", "1", "--out", str(home / "runs" / "first")
+    assert mnist_bn.main(arguments) == 0
+    return home
+
+
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
-def test_snippets_run(snippet):
+def test_snippets_run(snippet, home, monkeypatch):
+    monkeypatch.chdir(home)
     exec(compile(snippet, str(README), "exec"), {})
 
 

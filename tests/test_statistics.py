@@ -37,10 +37,10 @@ def test_sign_test_agrees_with_scipy(above, below, ties, lower_is_better):
     result = paired_difference(
         differences, np.zeros(len(differences)), lower_is_better=lower_is_better
     )
-    assert result.favour == (below if lower_is_better else above)
+    assert result.wins == (below if lower_is_better else above)
     assert (result.n, result.ties) == (above + below + ties, ties)
     expected = stats.binomtest(above, above + below).pvalue
-    assert result.sign_test == pytest.approx(expected, rel=1e-12)
+    assert result.p == pytest.approx(expected, rel=1e-12)
 
 
 def test_nothing_but_ties_or_nothing_at_all_is_no_test():

@@ -179,7 +179,10 @@ def check_saved(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
     if set(defaults) != set(values):
-        different = ", ".join(sorted(set(defaults) ^ set(values)))
+        different = ", ".join(
+            name if name.isidentifier() else repr(name)
+            for name in sorted(set(defaults) ^ set(values))
+        )
         raise ValueError(f"the saved settings and this version differ in: {different}")
     for name, default in defaults.items():
         if not _is_like(default, values[name]):

@@ -84,7 +84,7 @@ def redraw(path: Path, *, ended: bool = False) -> dict[str, Any]:
     inside = {} if replicate is None else look_inside(run, replicate, parts, short)
 
     def draw_curves() -> tuple[bytes, bytes]:
-        drawn = figures.curves(run.metrics, run.labels)
+        drawn = figures.curves(run.metrics, _drawn(run))
         return figures.to_png(drawn), figures.to_svg(drawn)
 
     curves = parts.make("the curves", draw_curves)
@@ -122,7 +122,7 @@ def look_inside(run: Run, replicate: int, parts: Parts, names: Mapping[str, str]
     found = [parts.read(f"epoch-{k:03}") for k in range(1, run.epochs + 1)]
     epochs = [probes for probes in found if probes]
     first, last = found[0], found[-1]
-    labels = run.labels
+    labels = _drawn(run)
     rows = f"a row for each network, {', '.join(names.values())}"
     pictures: list[Picture] = []
 
@@ -218,6 +218,10 @@ def tabulate(end: Probes, run: Run, names: Mapping[str, str]) -> dict[str, Any]:
         "most_mistakes": max(1, *(predictions.off_diagonal(c).max() for c in confusions.values())),
         "disagreements": predictions.disagreements(end, run.arms, run.reference),
     }
+
+
+def _drawn(run: Run) -> dict[str, str]:
+    return {arm: figures.shorten(label) for arm, label in run.labels.items()}
 
 
 def _to_uri(figure: Figure) -> str:
