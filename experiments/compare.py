@@ -120,7 +120,7 @@ def write(path: Path, compared: Runs) -> None:
     content = {"runs": summaries, "differences": different, "paired": paired}
     rundir.write_json(path / "compare.json", content)
     from experiments.report import figures  # matplotlib may fail, the numbers are there
-    from experiments.report.page import render, svg_uri
+    from experiments.report.page import is_replaced, render, svg_uri
 
     drawn = {
         name: (run.metrics, {arm: figures.shorten(x) for arm, x in run.labels.items()})
@@ -131,7 +131,7 @@ def write(path: Path, compared: Runs) -> None:
     titles = {arm: title for run in compared.values() for arm, title in run.titles.items()}
     page = render(
         "compare.html.j2",
-        replaced=any(rundir.is_replaced(run.config) for run in compared.values()),
+        replaced=any(is_replaced(run.config) for run in compared.values()),
         certainty=format_certainty,
         commands={name: options.repeat(run.config) for name, run in compared.items()},
         curves=svg_uri(picture),

@@ -8,7 +8,7 @@ import pytest
 from factories import line, make_summary, named
 from rich.console import Console
 
-from experiments.lab import console, metrics
+from experiments.lab import console, metrics, progress
 from experiments.lab.presets import BOOSTCOURSE, Experiment
 
 TWO = ("bn", "no_bn")
@@ -26,7 +26,7 @@ def show(experiment: Experiment, lines, bar: bool = False, terminal: bool = Fals
     titles = named(experiment.arms, "title")
 
     def print_to(to: Console) -> None:
-        with console.EpochLines(to, titles, experiment, 0, bar, 1000) as epoch_lines:
+        with progress.EpochLines(to, titles, experiment, 0, bar, 1000) as epoch_lines:
             epoch_lines.add(lines)
 
     return render(print_to, terminal=terminal)

@@ -1,118 +1,18 @@
-"""What a run shows while it trains: a line per epoch, and a progress bar on a terminal."""
+"""What commands show: lines, warnings, and the numbers of a summary as text and tables."""
 
 import warnings
 import webbrowser
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
-import numpy as np
 from rich import table
 from rich.box import SIMPLE
 from rich.console import Console, Group
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-from experiments.lab import metrics
-from experiments.lab.presets import Experiment
 
 ONE_REPLICATE = "One replicate: no interval can be given; --replicates 8 would give one."
-NAMES = {metric: metric.replace("_", " ") for metric in metrics.METRICS}
 SHOWN = {"train_cost": "train cost", "test_loss": "test loss", "test_accuracy": "test acc."}
-
-
-class EpochLines:
-    """Prints the epochs of a run as they come; a context manager around training.
-
-    Of more than two arms only the test accuracy, so that eight of them fit into 120 columns. On a
-    terminal a bar below the lines shows the latest test accuracy, of both arms or of the best, how
-    many images are trained on in a second, and the time left.
-    """
-
-    def __init__(
-        self,
-        console: Console,
-        titles: Mapping[str, str],
-        experiment: Experiment,
-        done: int,
-        bar: bool,
-        examples: int,
-    ) -> None:
-        self._console = console
-        self._arms, few = list(titles), len(titles) < 3
-        self._heads = list(titles.values()) if few else self._arms
-        self._shown = SHOWN if few else {"test_accuracy": SHOWN["test_accuracy"]}
-        self._width = 32 if few else max(12, min(15, 100 // len(titles)))
-        self._images = examples * experiment.replicates * len(titles)
-        self._experiment = experiment
-        self._progress = Progress(
-            TextColumn("epoch {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(),
-            TextColumn("{task.description}"),
-            TextColumn("time left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not (bar and console.is_terminal),
-            transient=True,
-        )
-        self._task = self._progress.add_task("", total=experiment.epochs, completed=done)
-
-    def __enter__(self) -> "EpochLines":
-        replicates = self._experiment.replicates
-        over = f" (means of {replicates} replicates)" if replicates > 1 else ""
-        heads = self._line(_cut(head, self._width - 1) for head in self._heads)
-        self._print(f"{'':8}{heads.rstrip()}{over}")
-        columns = "".join(f"{title:>10}" for title in self._shown.values())
-        self._print(f"{'epoch':<8}{self._line(columns for _ in self._arms)} seconds")
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
-
-    def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Shows one epoch, given its lines of `metrics.jsonl`."""
-        epoch, seconds = lines[0]["epoch"], lines[0]["seconds"]
-        means = {
-            arm: {metric: _mean(of_arm[metric][-1]) for metric in self._shown}
-            for arm, of_arm in metrics.curves(lines, self._arms).items()
-        }
-        told = self._line(
-            "".join(_ten_wide(*one) for one in of_arm.items()) for of_arm in means.values()
-        )
-        self._print(f"{f'{epoch}/{self._experiment.epochs}':<8}{told}{seconds:8.2f}")
-        accuracies = {arm: 100 * of_arm["test_accuracy"] for arm, of_arm in means.items()}
-        latest = ", ".join(f"{arm} {value:.2f} %" for arm, value in accuracies.items())
-        if len(accuracies) > 2:
-            best = max(accuracies, key=lambda arm: np.nan_to_num(accuracies[arm], nan=-1))
-            latest = f"best {best} {accuracies[best]:.2f} %"
-        told = f"{latest}, {self._images / seconds:,.0f} images/s"
-        self._progress.update(self._task, completed=epoch, description=told)
-
-    def _line(self, parts: Iterable[str]) -> str:
-        return "".join(f"{part:<{self._width}}" for part in parts)
-
-    def _print(self, line: str) -> None:
-        print_plain(self._console, line)
-
-
-def _mean(values: np.ndarray) -> float:
-    finite = values[np.isfinite(values)]
-    return float(finite.mean()) if len(finite) else float("nan")
-
-
-def _ten_wide(metric: str, value: float) -> str:
-    return f"{100 * value:8.2f} %" if metric.endswith("accuracy") else f"{_number(value, 4):>10}"
-
-
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def print_plain(console: Console, line: str, style: str | None = None) -> None:
@@ -176,7 +76,7 @@ class Table(NamedTuple):
 def tables(
     summary: Mapping[str, Any],
     titles: Mapping[str, str],
-    shown: Mapping[str, str] = NAMES,
+    shown: Mapping[str, str] | None = None,
     *,
     wide: bool = False,
 ) -> list[Table]:
@@ -185,10 +85,12 @@ def tables(
     Args:
         summary: of a run.
         titles: `{arm: title}`. One or two arms are columns, more are rows.
-        shown: `{metric: name}`.
+        shown: `{metric: name}`, by default all of them.
         wide: join both tables of two arms, as is always done for one replicate.
     """
     replicates = summary["replicates"]
+    metrics = summary["arms"][summary["reference"]]
+    shown = shown or {metric: metric.replace("_", " ") for metric in metrics}
     title = f"After {summary['epochs']} epoch{'s' * (summary['epochs'] > 1)}"
     title += f", {replicates} replicates" * (replicates > 1)
     headings = ["difference", "95 % interval", "wins", "p (sign test)"]
@@ -236,9 +138,9 @@ def format_summary(metric: str, summary: Mapping[str, Any], difference: bool = F
     if summary["mean"] is None:
         return "not finite"
     scale, digits, unit = _unit(metric, difference)
-    text = _number(scale * summary["mean"], digits, "+" if difference else "")
+    text = format_number(scale * summary["mean"], digits, "+" if difference else "")
     if summary["sd"] is not None:
-        text += f" ± {_number(scale * summary['sd'], digits)}"
+        text += f" ± {format_number(scale * summary['sd'], digits)}"
     return text + unit
 
 
@@ -247,14 +149,14 @@ def format_certainty(metric: str, difference: Mapping[str, Any]) -> tuple[str, s
     scale, digits, _ = _unit(metric, difference=True)
     interval, p = "-", "-"
     if difference["interval"] is not None:
-        low, high = (_number(scale * bound, digits, "+") for bound in difference["interval"])
+        low, high = (format_number(scale * x, digits, "+") for x in difference["interval"])
         interval = f"{low} to {high}"
     if difference["p"] is not None and difference["n"] > 1:
         p = f"{difference['p']:.2g}"
     return interval, f"{difference['wins']} of {difference['n']}", p
 
 
-def _number(value: float, digits: int, sign: str = "") -> str:
+def format_number(value: float, digits: int, sign: str = "") -> str:
     return f"{value:{sign}.{digits}f}" if abs(value) < 1000 else f"{value:{sign}.3g}"
 
 

@@ -114,12 +114,6 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def is_replaced(config: Mapping[str, Any]) -> bool:
-    """Whether the embedded digits took the place of MNIST."""
-    dataset = config["dataset"]
-    return (dataset["name"], dataset["requested"]) == ("digits", "auto")
-
-
 def parse(file: Path, content: bytes) -> Any:
     """What JSON says that was read from a file.
 
@@ -282,11 +276,10 @@ def _git_commit() -> str | None:
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "rev-parse", "--verify", "--quiet", "HEAD"]
-    try:
+    with contextlib.suppress(OSError):
         result = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return result.stdout.strip() or None
+        return result.stdout.strip() or None
+    return None
 
 
 def null_for_nan(value: Any) -> Any:

@@ -1,11 +1,10 @@
 """Pages: one HTML file each, with everything inside."""
 
 import base64
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jinja2
-
-from experiments.lab import rundir
 
 
 class Picture(NamedTuple):
@@ -26,6 +25,12 @@ class Picture(NamedTuple):
     dark: bool = True
 
 
+def is_replaced(config: Mapping[str, Any]) -> bool:
+    """Whether the embedded digits took the place of MNIST."""
+    dataset = config["dataset"]
+    return (dataset["name"], dataset["requested"]) == ("digits", "auto")
+
+
 def render(template: str, **values: Any) -> str:
     """A page from a template beside this file; text is escaped, a missing value is an error."""
     environment = jinja2.Environment(
@@ -35,7 +40,7 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["is_replaced"] = rundir.is_replaced
+    environment.globals["is_replaced"] = is_replaced
     return environment.get_template(template).render(**values)
 
 
