@@ -14,7 +14,6 @@ import pytest
 from factories import named, save_run
 
 from experiments import compare, report, sweep, train_eval_mode
-from experiments.benchmark import __main__ as benchmark
 from experiments.claims import Evidence, load_claims, verdicts
 from experiments.lab import metrics, rundir
 from experiments.lab.presets import BOOSTCOURSE
@@ -234,12 +233,6 @@ class TestLock:
         (tmp_path / ".lock").mkdir()
         with ExitStack() as stack, pytest.raises(OSError, match=r"\.lock"):
             stack.enter_context(rundir.locked(tmp_path))
-
-
-def test_a_system_that_does_not_tell_the_peak_memory(tmp_path):
-    (tmp_path / "resource.py").write_text("raise ImportError")
-    found = benchmark._watch([sys.executable, "-c", ""], {"PYTHONPATH": str(tmp_path)})
-    assert found["peak_memory"] is None
 
 
 def test_readme_and_metadata_say_what_is_tested():

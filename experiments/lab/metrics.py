@@ -17,7 +17,6 @@ from bnjax.errors import CheckpointError
 from bnjax.paired import Epoch
 from experiments.lab import rundir
 
-ARMS, LABELS = ("bn", "no_bn"), {"bn": "with BN", "no_bn": "without BN"}  # TEMPORARY, goes
 LOSSES = ("train_cost", "train_loss", "test_loss")
 METRICS = ("train_cost", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
 
