@@ -51,9 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.ExitStack() as stack:
             with exits.user_errors():
                 made = plan.prepare(arguments, PROG, __doc__ or "", console)
-                finished = made.options.execution.resume and _is_finished(made)
-                if processes.allgather_object(finished)[0]:
-                    return _show_finished(made, console)
+                if made is None:
+                    return 0
                 processes.run_on_all(lambda: _claim(made, stack))
             path = made.path
             display.print_plain(console, f"run directory: {path}")
@@ -68,19 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
 
     return exits.run(command, lambda: loop.resume_command(path) if path else [])
-
-
-def _is_finished(made: Plan) -> bool:
-    done = rundir.is_finished(made.path, made.options.experiment.epochs)
-    return done and not loop.lacks_end(Run(made.path))
-
-
-def _show_finished(made: Plan, console: Console) -> int:
-    told = f"{made.path} is finished: {made.options.experiment.epochs} epochs"
-    display.print_plain(console, f"{told}; --epochs can add to them")
-    if made.options.execution.open and processes.is_first():
-        display.open_report(made.path)
-    return 0
 
 
 def _claim(made: Plan, stack: contextlib.ExitStack) -> None:

@@ -27,7 +27,7 @@ from command import Result, call, lines_of
 
 from bnjax import data, paired
 from bnjax.data import download
-from bnjax.errors import DownloadError
+from bnjax.errors import CheckpointError, DownloadError
 from bnjax.paired import Arm, Placement, Trainer
 from bnjax.statistics import summarize
 from bnjax.training import Batch
@@ -662,6 +662,18 @@ class TestResume:
         assert result.status == 0
         assert f"{path} is finished: 2 epochs" in plain(result.out)
         assert contents(path) == before
+
+    def test_of_a_finished_run_needs_no_data(self, finished, monkeypatch):
+        monkeypatch.setattr(data, "load", None)
+        result = call("--resume", finished.path)
+        assert (result.status, result.err) == (0, "")
+        assert "is finished: 2 epochs" in plain(result.out)
+
+    def test_a_state_that_is_not_there_is_missed_in_a_sentence(self, finished, tmp_path):
+        path = copy(finished, tmp_path / "run")
+        shutil.rmtree(path / "checkpoints")
+        with pytest.raises(CheckpointError, match=r"epoch-002\.safetensors is not there: go on"):
+            Run(path).variables("bn")
 
     def test_drops_lines_beyond_the_checkpoint_and_a_torn_one(self, finished, halfway, tmp_path):
         path = copy(halfway, tmp_path / "run")

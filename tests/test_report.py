@@ -474,7 +474,9 @@ class TestCommand:
         save_run(path, replace(LAB10, epochs=1))
         rundir.write_arrays(path / "probes" / "end.npz", {"labels": np.zeros(3, np.uint8)})
         assert command.main([str(path)]) == 2
-        assert "another version saved them, or they are damaged" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert f"{path / 'probes' / 'end.npz'} lacks bn/predictions" in told
+        assert "another version saved them, or they are damaged" in told
 
     @pytest.mark.parametrize("name", ["metrics.jsonl", "probes/epoch-002.npz", "probes/end.npz"])
     @pytest.mark.parametrize("content", [b"", b"PK\3\4", b"\x93NUMPY"])

@@ -31,13 +31,6 @@ def resume_command(path: Path) -> list[str]:
     return command if (path / "config.json").exists() else []
 
 
-def lacks_end(run: Run) -> bool:
-    """Whether what `probes.at_end` sees is missing, though a replicate was finite to the end."""
-    if (run.path / "probes" / "end.npz").exists() or not run.epochs:
-        return False
-    return metrics.finite_to_the_end(run.metrics) is not None
-
-
 def train(experiment: Experiment, out: Path | str, own: Sequence[ArmSpec] = ()) -> Run:
     """Runs an experiment from its start, with arms of one's own among those that it names.
 

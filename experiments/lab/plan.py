@@ -18,9 +18,10 @@ from bnjax.parallel import processes
 from bnjax.training import AnyArray, Batch, create_state
 from experiments.lab import arms, devices, options, rundir
 from experiments.lab.arms import ArmSpec
-from experiments.lab.console import print_plain, show_warnings
+from experiments.lab.console import open_report, print_plain, show_warnings
 from experiments.lab.options import Options
 from experiments.lab.presets import Experiment
+from experiments.lab.run import Run
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Plan:
     trainer: Trainer
 
 
-def prepare(arguments: Sequence[str], prog: str, description: str, console: Console) -> Plan:
-    """Reads the command line, loads the data and checks everything.
+def prepare(arguments: Sequence[str], prog: str, description: str, console: Console) -> Plan | None:
+    """Reads the command line, loads the data and checks everything; None if nothing is left to do.
 
     Args:
         arguments: the command line, without the program.
@@ -49,6 +50,15 @@ def prepare(arguments: Sequence[str], prog: str, description: str, console: Cons
     chosen, saved = _read_options(arguments, prog, description)
     if chosen.execution.distributed:
         _join(chosen, console)
+    if resume := chosen.execution.resume:
+        finished = rundir.is_finished(resume, chosen.experiment.epochs)
+        finished = finished and not Run(resume).lacks_end
+        if processes.allgather_object(finished)[0]:
+            told = f"{resume} is finished: {chosen.experiment.epochs} epochs"
+            print_plain(console, f"{told}; --epochs can add to them")
+            if chosen.execution.open and processes.is_first():
+                open_report(resume)
+            return None
     plan = processes.run_on_all(partial(make, chosen, console, saved=saved))
     mesh = dict(plan.trainer.placements[0].mesh.shape)
     processes.check_same({"data": plan.config["dataset"], "mesh": mesh})

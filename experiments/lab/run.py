@@ -20,6 +20,18 @@ from experiments.lab.metrics import Curves
 from experiments.lab.presets import Experiment
 
 
+class Arrays(dict[str, np.ndarray]):
+    """The arrays of a file, which says of one that it lacks."""
+
+    def __init__(self, file: Path, arrays: Mapping[str, np.ndarray]) -> None:
+        super().__init__(arrays)
+        self._file = file
+
+    def __missing__(self, name: str) -> np.ndarray:
+        told = f"{self._file} lacks {name}: another version saved them, or they are damaged"
+        raise CheckpointError(told)
+
+
 class Run:
     """A run directory: what it compares, its metrics as arrays, and what was trained.
 
@@ -85,18 +97,25 @@ class Run:
         """How many epochs are recorded in full."""
         return len(self.metrics[self.reference]["train_cost"])
 
+    @property
+    def lacks_end(self) -> bool:
+        """Whether the last look inside is missing, though a replicate was finite to the end."""
+        if (self.path / "probes" / "end.npz").exists() or not self.epochs:
+            return False
+        return metrics.finite_to_the_end(self.metrics) is not None
+
     def probes(self, name: str) -> dict[str, np.ndarray] | None:
         """The arrays of `probes/NAME.npz`; None if they were not recorded.
 
         Raises:
-            CheckpointError: if the file is damaged.
+            CheckpointError: if the file is damaged, and later where it lacks what is asked for.
         """
         file = self.path / "probes" / f"{name}.npz"
         if not file.exists():
             return None
         try:
             with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-                return dict(arrays)
+                return Arrays(file, arrays)
         except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
             told = f"{file} is damaged ({error}): delete it, and the rest can be drawn"
             raise CheckpointError(told) from None
@@ -122,7 +141,10 @@ class Run:
                 f"replicate is {replicate}: {self.path} has 0 to {self.experiment.replicates - 1}"
             )
         prefix = (self._known(arm),)
-        arrays, _ = checkpoint.load(checkpoint.file_of(self.path / "checkpoints", self.epochs))
+        file = checkpoint.file_of(self.path / "checkpoints", self.epochs)
+        if not file.exists():
+            raise CheckpointError(f"{file} is not there: go on with the run, or run it again")
+        arrays, _ = checkpoint.load(file)
         paths = {tuple(name.split("/")): values for name, values in arrays.items()}
         collections = ("params", "batch_stats")
         own = {p[1:]: v[replicate] for p, v in paths.items() if p[:1] == prefix}

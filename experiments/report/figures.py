@@ -94,7 +94,7 @@ def overlay(runs: Mapping[str, tuple[Curves, Mapping[str, str]]]) -> Figure:
         [
             (
                 by_arm[arm],
-                {**styles[arm], "color": f"C{k % 10}", "label": f"{shorten(name)}, {label}"},
+                {**styles[arm], "color": f"C{k % 10}", "label": f"{_shorten(name)}, {label}"},
             )
             for k, (name, (by_arm, labels)) in enumerate(runs.items())
             for arm, label in labels.items()
@@ -116,8 +116,12 @@ def add_legend(figure: Figure, columns: int = 4) -> None:
         axes.legend(frameon=False)
 
 
-def shorten(name: str, most: int = 40) -> str:
-    """A name as pictures can hold it."""
+def shorten_all(labels: Mapping[str, str]) -> dict[str, str]:
+    """Labels as pictures can hold them."""
+    return {arm: _shorten(label) for arm, label in labels.items()}
+
+
+def _shorten(name: str, most: int = 40) -> str:
     shown = name.encode(errors="replace").decode()
     shown = shown if len(shown) <= most else f"…{shown[1 - most :]}"
     return shown.replace("$", r"\$")  # which would begin a formula

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 from matplotlib.figure import Figure
 
-from bnjax.errors import shorten
+from bnjax.errors import CheckpointError, shorten
 from experiments.lab import console, divergences, metrics, options, presets, rundir
 from experiments.lab.run import Run
 from experiments.report import figures, layers, predictions, words
@@ -40,10 +40,10 @@ class Parts:
         return found
 
     def make(self, what: str, draw: Callable[[], T]) -> T | None:
-        """What `draw` returns, or None where it fails; arrays that are lacking are an error."""
+        """What `draw` returns, or None where it fails; damaged files are an error."""
         try:
             return draw()
-        except (KeyError, rundir.WriteError):
+        except (CheckpointError, rundir.WriteError):
             raise
         except Exception as error:
             again = f"python -m experiments.report {self._path} tries again"
@@ -69,8 +69,7 @@ def redraw(path: Path, *, ended: bool = False) -> dict[str, Any]:
     run = Run(path)
     path, experiment = run.path, run.experiment
     replicate = metrics.finite_to_the_end(run.metrics) if run.epochs else None
-    looked_into = replicate is None or (path / "probes" / "end.npz").exists()
-    ended = ended or rundir.is_finished(path, experiment.epochs) or looked_into
+    ended = ended or rundir.is_finished(path, experiment.epochs) or not run.lacks_end
     whole = experiment.epochs * experiment.replicates * len(run.arms)
     if len(run.lines) != whole or not ended:
         raise ValueError(
@@ -84,7 +83,7 @@ def redraw(path: Path, *, ended: bool = False) -> dict[str, Any]:
     inside = {} if replicate is None else look_inside(run, replicate, parts, short)
 
     def draw_curves() -> tuple[bytes, bytes]:
-        drawn = figures.curves(run.metrics, _drawn(run))
+        drawn = figures.curves(run.metrics, figures.shorten_all(run.labels))
         return figures.to_png(drawn), figures.to_svg(drawn)
 
     curves = parts.make("the curves", draw_curves)
@@ -122,7 +121,7 @@ def look_inside(run: Run, replicate: int, parts: Parts, names: Mapping[str, str]
     found = [parts.read(f"epoch-{k:03}") for k in range(1, run.epochs + 1)]
     epochs = [probes for probes in found if probes]
     first, last = found[0], found[-1]
-    labels = _drawn(run)
+    labels = figures.shorten_all(run.labels)
     rows = f"a row for each network, {', '.join(names.values())}"
     pictures: list[Picture] = []
 
@@ -218,10 +217,6 @@ def tabulate(end: Probes, run: Run, names: Mapping[str, str]) -> dict[str, Any]:
         "most_mistakes": max(1, *(predictions.off_diagonal(c).max() for c in confusions.values())),
         "disagreements": predictions.disagreements(end, run.arms, run.reference),
     }
-
-
-def _drawn(run: Run) -> dict[str, str]:
-    return {arm: figures.shorten(label) for arm, label in run.labels.items()}
 
 
 def _to_uri(figure: Figure) -> str:
