@@ -19,6 +19,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 SHARED_MNIST = Path(__file__).parents[2] / "shared" / "mnist"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file():
+    """Compiled programs go with the file of their tests: each takes some of the memory mappings
+    that a process may have, and where these run out XLA ends it."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def strict_promotion():
     """Mixing dtypes raises, as optax and Flax's own layers cannot bear everywhere."""
