@@ -1,9 +1,9 @@
 """The paired training loop as bnjax and its peers write it, to be timed by `experiments.benchmark`.
 
 Each contender trains the network with batch normalization and its twin on the same batches, and
-evaluates both on all training and test examples. It is made in a process of its own, and imports
-nothing that its users would not import: `python -m experiments.benchmark.loops JOB EPOCHS` is the
-whole experiment as a PyTorch script.
+evaluates both on all training and test examples. It imports nothing that its users would not
+import: `python -m experiments.benchmark.loops JOB EPOCHS` is the whole experiment as a PyTorch
+script.
 """
 
 import dataclasses
@@ -12,11 +12,13 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
 Epoch = Callable[[], tuple[float, float]]  # seconds of training, seconds of evaluation
+Examples = tuple[np.ndarray, np.ndarray]  # images and labels
 EVALUATION_BATCH = 1000
 
 
@@ -30,6 +32,15 @@ class Job(NamedTuple):
     learning_rate: float = 1e-3
     replicates: int = 1
 
+    def load(self) -> list[Examples]:
+        """The training and the test set, images as bytes."""
+        with np.load(self.data) as data:
+            return [(data[f"{p}_images"], data[f"{p}_labels"]) for p in ("train", "test")]
+
+    def load_floats(self) -> list[Examples]:
+        """The same, images from 0 to 1."""
+        return [(images.astype(np.float32) / 255, labels) for images, labels in self.load()]
+
 
 def bnjax(job: Job) -> Epoch:
     """This project's own loop; one call trains all replicates."""
@@ -41,19 +52,13 @@ def bnjax(job: Job) -> Epoch:
     from experiments.lab import arms, devices
     from experiments.lab.presets import BOOSTCOURSE
 
-    experiment = dataclasses.replace(
-        BOOSTCOURSE,
-        hidden_sizes=tuple(job.hidden_sizes),
-        num_classes=job.num_classes,
-        batch_size=job.batch_size,
-        learning_rate=job.learning_rate,
-        replicates=job.replicates,
-    )
-    data = np.load(job.data)
-    train, test = (Batch(data[f"{p}_images"], data[f"{p}_labels"]) for p in ("train", "test"))
+    settings = job._asdict()
+    del settings["data"]
+    experiment = dataclasses.replace(BOOSTCOURSE, **settings)
     jax.config.update("jax_default_matmul_precision", experiment.matmul_precision)
     placements = devices.make_placements(arms.make_arms(experiment), "auto", job.replicates)
-    keys = paired.replicate_keys(0, job.replicates)
+    train, test = (Batch(*examples) for examples in job.load())
+    keys = paired.replicate_keys(experiment.seed, job.replicates)
     trainer = Trainer(placements, keys, train, test, job.batch_size)
     epochs = trainer.epochs(trainer.initial_states(), range(1, 10**6))
 
@@ -73,27 +78,24 @@ def pytorch(job: Job, loader: bool = False) -> Epoch:
     from torch.nn.functional import cross_entropy
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    data = np.load(job.data)
+    images, labels = job.load()[0]
+    sets = [
+        (torch.tensor(x, device=device).flatten(1), torch.tensor(y, device=device).long())
+        for x, y in job.load_floats()
+    ]
 
-    def network(use_batch_norm: bool) -> nn.Module:
+    def create(use_batch_norm: bool) -> nn.Module:
         layers: list[nn.Module] = []
-        sizes = (data["train_images"][0].size, *job.hidden_sizes)
-        for fan_in, size in zip(sizes, job.hidden_sizes, strict=False):
+        sizes = (images[0].size, *job.hidden_sizes)
+        for fan_in, size in pairwise(sizes):
             norm = [nn.BatchNorm1d(size)] if use_batch_norm else []
             layers += [nn.Linear(fan_in, size), *norm, nn.ReLU()]
         return nn.Sequential(*layers, nn.Linear(sizes[-1], job.num_classes)).to(device)
 
-    networks = [network(True), network(False)]
+    networks = [create(True), create(False)]
     optimizers = [torch.optim.Adam(n.parameters(), job.learning_rate) for n in networks]
 
-    def tensors(part: str) -> tuple[torch.Tensor, torch.Tensor]:
-        x = torch.tensor(data[f"{part}_images"], device=device).float().div(255).flatten(1)
-        return x, torch.tensor(data[f"{part}_labels"], device=device).long()
-
-    train, test = tensors("train"), tensors("test")
-    images, labels = data["train_images"], data["train_labels"]
-
-    class Examples(torch.utils.data.Dataset):
+    class Digits(torch.utils.data.Dataset):
         def __len__(self) -> int:
             return len(labels)
 
@@ -103,10 +105,11 @@ def pytorch(job: Job, loader: bool = False) -> Epoch:
     def batches() -> Any:
         if loader:
             return torch.utils.data.DataLoader(
-                Examples(), job.batch_size, shuffle=True, drop_last=True
+                Digits(), job.batch_size, shuffle=True, drop_last=True
             )
-        order = torch.randperm(len(train[1]), device=device).split(job.batch_size)
-        return ((train[0][i], train[1][i]) for i in order if len(i) == job.batch_size)
+        x, y = sets[0]
+        order = torch.randperm(len(y), device=device).split(job.batch_size)
+        return ((x[i], y[i]) for i in order if len(i) == job.batch_size)
 
     def fit() -> None:
         for x, y in batches():
@@ -116,33 +119,26 @@ def pytorch(job: Job, loader: bool = False) -> Epoch:
                 cross_entropy(network.train()(x), y).backward()
                 optimizer.step()
 
+    @torch.no_grad()
     def evaluate() -> None:
-        with torch.no_grad():
-            for network in networks:
-                network.eval()
-                for x, y in (train, test):
-                    loss = correct = torch.zeros((), device=device)
-                    for xs, ys in zip(
-                        x.split(EVALUATION_BATCH), y.split(EVALUATION_BATCH), strict=True
-                    ):
-                        logits = network(xs)
-                        loss = loss + cross_entropy(logits, ys, reduction="sum")
-                        correct = correct + (logits.argmax(1) == ys).sum()
-                    float(loss), float(correct)
+        for network in networks:
+            network.eval()
+            for examples in sets:
+                loss = correct = torch.zeros((), device=device)
+                parts = (each.split(EVALUATION_BATCH) for each in examples)
+                for x, y in zip(*parts, strict=True):
+                    logits = network(x)
+                    loss = loss + cross_entropy(logits, y, reduction="sum")
+                    correct = correct + (logits.argmax(1) == y).sum()
+                float(loss), float(correct)
 
     return _timed(fit, evaluate)
-
-
-def pytorch_loader(job: Job) -> Epoch:
-    """`pytorch` with a DataLoader."""
-    return pytorch(job, loader=True)
 
 
 def flax(job: Job) -> Epoch:
     """Flax's own MNIST loop: a compiled step, called from Python with batches taken in NumPy."""
     import flax.linen as nn
     import jax
-    import jax.numpy as jnp
     import optax
     from flax.training import train_state
 
@@ -162,43 +158,29 @@ def flax(job: Job) -> Epoch:
     class State(train_state.TrainState):
         batch_stats: Any
 
-    data = np.load(job.data)
-    sets: list[tuple[np.ndarray, np.ndarray]] = [
-        (data[f"{part}_images"].astype(np.float32) / 255, data[f"{part}_labels"])
-        for part in ("train", "test")
-    ]
+    sets = job.load_floats()
     rng = np.random.default_rng(0)
 
     def create(use_batch_norm: bool) -> State:
         network = Network(use_batch_norm)
         variables = network.init(jax.random.key(0), sets[0][0][:1], train=False)
-        return State.create(
-            apply_fn=network.apply,
-            params=variables["params"],
-            tx=optax.adam(job.learning_rate),
-            batch_stats=variables.get("batch_stats", {}),
-        )
+        variables = {"batch_stats": {}, **variables}
+        tx = optax.adam(job.learning_rate)
+        return State.create(apply_fn=network.apply, tx=tx, **variables)
 
-    def forward(state: State, params: Any, x: jax.Array, y: jax.Array, train: bool) -> Any:
+    def loss_fn(params: Any, state: State, x: jax.Array, y: jax.Array, train: bool) -> Any:
         variables = {"params": params, "batch_stats": state.batch_stats}
         logits, updates = state.apply_fn(variables, x, train=train, mutable=["batch_stats"])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-        return losses.mean(), (updates, jnp.mean(logits.argmax(-1) == y))
+        return losses.mean(), ((logits.argmax(-1) == y).mean(), updates)
 
     @jax.jit
     def step(state: State, x: jax.Array, y: jax.Array) -> tuple[State, jax.Array, jax.Array]:
-        def loss_fn(params: Any) -> Any:
-            return forward(state, params, x, y, train=True)
+        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, (accuracy, updates)), grads = value_and_grad(state.params, state, x, y, True)
+        return state.apply_gradients(grads=grads, **updates), loss, accuracy
 
-        (loss, (updates, accuracy)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params
-        )
-        updated = state.apply_gradients(
-            grads=gradients, batch_stats=updates.get("batch_stats", state.batch_stats)
-        )
-        return updated, loss, accuracy
-
-    evaluation_step = jax.jit(lambda state, x, y: forward(state, state.params, x, y, train=False))
+    evaluation_step = jax.jit(lambda state, x, y: loss_fn(state.params, state, x, y, False)[0])
     states = [create(True), create(False)]
 
     def fit() -> None:
@@ -214,13 +196,9 @@ def flax(job: Job) -> Epoch:
     def evaluate() -> None:
         for state in states:
             for x, y in sets:
-                found = [
-                    evaluation_step(
-                        state, x[i : i + EVALUATION_BATCH], y[i : i + EVALUATION_BATCH]
-                    )[0]
-                    for i in range(0, len(y), EVALUATION_BATCH)
-                ]
-                float(np.mean(found))
+                starts = range(0, len(y), EVALUATION_BATCH)
+                parts = [slice(start, start + EVALUATION_BATCH) for start in starts]
+                float(np.mean([evaluation_step(state, x[part], y[part]) for part in parts]))
 
     return _timed(fit, evaluate)
 
@@ -229,8 +207,6 @@ def keras(job: Job) -> Epoch:
     """Keras 3 on JAX: `fit` and `evaluate`."""
     os.environ["KERAS_BACKEND"] = "jax"
     import keras
-
-    data = np.load(job.data)
 
     def create(use_batch_norm: bool) -> Any:
         layers: list[Any] = [keras.layers.Flatten()]
@@ -246,19 +222,16 @@ def keras(job: Job) -> Epoch:
         return model
 
     models = [create(True), create(False)]
-    train, test = (
-        (data[f"{part}_images"].astype(np.float32) / 255, data[f"{part}_labels"])
-        for part in ("train", "test")
-    )
+    sets = job.load_floats()
 
     def fit() -> None:
         for model in models:
-            model.fit(*train, batch_size=job.batch_size, epochs=1, verbose=0)
+            model.fit(*sets[0], batch_size=job.batch_size, epochs=1, verbose=0)
 
     def evaluate() -> None:
         for model in models:
-            for x, y in (train, test):
-                model.evaluate(x, y, batch_size=EVALUATION_BATCH, verbose=0)
+            for examples in sets:
+                model.evaluate(*examples, batch_size=EVALUATION_BATCH, verbose=0)
 
     return _timed(fit, evaluate)
 
@@ -274,11 +247,7 @@ def _timed(fit: Callable[[], None], evaluate: Callable[[], None]) -> Epoch:
     return call
 
 
-def _script(job: Job, epochs: int) -> None:
-    call = pytorch(job)
-    for epoch in range(1, epochs + 1):
-        print(f"{epoch}/{epochs}", *call(), flush=True)
-
-
 if __name__ == "__main__":
-    _script(Job(**json.loads(sys.argv[1])), int(sys.argv[2]))
+    epoch, last = pytorch(Job(**json.loads(sys.argv[1]))), int(sys.argv[2])
+    for number in range(1, last + 1):
+        print(f"{number}/{last}", *epoch(), flush=True)
