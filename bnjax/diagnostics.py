@@ -1,14 +1,16 @@
 """Probes: pure functions `(model, variables, batch) -> dict of arrays` that look into a network.
 
-`model` is any module called as `model.apply(variables, images, train=...)`. Its layers are those of
-`bnjax.layer_taps`; the last gives the logits, the others are hidden. Vectors over layers go from
-the input on.
+`model` is any module called as `model.apply(variables, images, train=...)`. Its layers are the
+calls of `nn.Dense`, `nn.Conv` and what derives from them (`bnjax.layer_taps`), from the input on;
+the last gives the logits, the others are hidden. The units of features `[N, H]` are columns, those
+of `[N, H, W, C]` channels.
 A `batch` has `[N, ...]` images; only the probes of gradients read its labels.
 `train=True` normalizes with the statistics of the batch, as a network at initialization must;
 by default the running ones are used. Nothing draws random numbers: dropout must be off in training.
+What a module calls inside `nn.scan`, `nn.remat` and the like cannot be looked at: a ValueError.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,55 +19,52 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax import Array
 
-from bnjax import population
-from bnjax.layer_taps import Path, hidden, is_layer, layer_outputs
+from bnjax import layer_taps, population
+from bnjax.layer_taps import LAYERS, Variables
 from bnjax.training import Batch, cross_entropy, to_float, vary_with
-
-Variables = Mapping[str, Any]
 
 
 def features(
     model: nn.Module, variables: Variables, batch: Batch, *, train: bool = False
 ) -> dict[str, Array]:
-    """What leaves each hidden layer: what the next one is given.
+    """What leaves each hidden layer.
 
-    Dropout is looked at from before it. Pooling and reshaping between two layers count as part of
-    the first, but for the reshaping of `[N, H, W, C]` that a Dense layer needs.
+    Where the network calls a `bnjax.models.Activation`, what enters a layer's activation is what
+    enters that, and what leaves the layer is what leaves that, or a normalization after it: of an
+    `MLP` what `return_features=True` returns. In a module without them what enters the activation
+    is what leaves the layer, or the last normalization after it (Flax's or bnjax's), and what
+    leaves the layer is what the next one is given: pooled and flattened if the module does that.
 
     Returns:
-        `{"features_1": [N, ...], ...}`, one entry per hidden layer, from the input on.
+        `{"features_1": [N, H] or [N, H, W, C], ...}`, one entry per hidden layer.
     """
-    leaving = [taken for _, taken in hidden(model, variables, batch.images, train)]
-    return {f"features_{number}": layer for number, layer in enumerate(leaving, start=1)}
+    layers = layer_taps.hidden(model, variables, batch.images, train)
+    return _numbered("features", (layer.leaving for layer in layers))
 
 
 def preactivations(
     model: nn.Module, variables: Variables, batch: Batch, *, train: bool = False
 ) -> dict[str, Array]:
-    """What enters each hidden layer's activation: normalized where the model normalizes.
-
-    Activations that are a `bnjax.models.Activation` are seen themselves. In a module without them
-    it is what leaves the layer, or the normalization that follows it.
+    """What enters each hidden layer's activation, seen as `features` tells.
 
     Returns:
-        `{"preactivations_1": [N, ...], ...}`, one entry per hidden layer.
+        `{"preactivations_1": [N, H] or [N, H, W, C], ...}`, one entry per hidden layer.
     """
-    entering = [taken for taken, _ in hidden(model, variables, batch.images, train)]
-    return {f"preactivations_{number}": layer for number, layer in enumerate(entering, start=1)}
+    layers = layer_taps.hidden(model, variables, batch.images, train)
+    return _numbered("preactivations", (layer.entering for layer in layers))
 
 
 def gradient_norms(model: nn.Module, variables: Variables, batch: Batch) -> dict[str, Array]:
     """Frobenius norm of the gradient of the mean cross entropy in each kernel, in training mode.
 
     Returns:
-        `{"Dense_0": [], ...}`, a scalar for each layer, by its path.
+        `{"Dense_0": [], ...}`, a scalar for each layer, by its path, from the input on.
     """
-    gradients = flatten_dict(
-        jax.grad(_loss(model, variables, batch))(vary_with(batch, variables["params"]))
-    )
+    params = vary_with(batch, variables["params"])
+    gradients = flatten_dict(jax.grad(_loss(model, variables, batch))(params))
     return {
         "/".join(path): jnp.linalg.norm(gradients[*path, "kernel"].ravel())
-        for path in layer_outputs(model, variables, batch.images)
+        for path, _ in layer_taps.outputs(model, variables, batch.images, LAYERS, train=True)
     }
 
 
@@ -76,21 +75,27 @@ def backpropagated_norms(model: nn.Module, variables: Variables, batch: Batch) -
     training mode, before normalization and activation.
 
     Returns:
-        `{"Dense_0": [], ...}`, a scalar for each layer, by its path; the norm of `[N, ...]`.
+        `{"Dense_0": [], ...}`, a scalar for each layer, by its path, from the input on: the norm of
+        `[N, ...]`, of all calls together where a layer is called more than once.
     """
+    calls = layer_taps.outputs(model, variables, batch.images, LAYERS, train=True)
 
-    def loss(shifts: dict[Path, Array]) -> Array:
-        def shift(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-            y = next_fun(*args, **kwargs)
-            return y + shifts[context.module.path] if is_layer(context) else y
+    def loss(shifts: list[Array]) -> Array:
+        rest = iter(shifts)
 
-        with nn.intercept_methods(shift):
+        def shift(module: nn.Module, x: Any, y: Any) -> Any:
+            return y + next(rest) if isinstance(module, LAYERS) else y
+
+        with layer_taps.watch(shift):
             return _loss(model, variables, batch)(variables["params"])
 
-    outputs = layer_outputs(model, variables, batch.images)
-    shifts = {path: jnp.zeros(y.shape, y.dtype) for path, y in outputs.items()}
+    shifts = [jnp.zeros(y.shape, y.dtype) for _, y in calls]
     gradients = jax.grad(loss)(vary_with(batch, shifts))
-    return {"/".join(path): jnp.linalg.norm(gradients[path].ravel()) for path in outputs}
+    norms: dict[str, Array] = {}
+    for (path, _), gradient in zip(calls, gradients, strict=True):
+        norm, name = jnp.linalg.norm(gradient.ravel()), "/".join(path)
+        norms[name] = jnp.hypot(norms[name], norm) if name in norms else norm
+    return norms
 
 
 def landscape(
@@ -127,18 +132,16 @@ def activation_percentiles(
     percentiles: Sequence[float] = (15, 50, 85),
     train: bool = False,
 ) -> dict[str, Array]:
-    """Percentiles over the batch of what enters each unit's activation.
+    """Percentiles of what enters each unit's activation, over examples (and positions).
 
     Returns:
-        `{"percentiles_1": [P, H], ...}`, one entry per hidden layer.
+        `{"percentiles_1": [P, H] or [P, C], ...}`, one entry per hidden layer.
 
     Source: Ioffe & Szegedy (2015), figure 1 (b, c), draw them for one unit.
     """
     layers = preactivations(model, variables, batch, train=train).values()
-    return {
-        f"percentiles_{number}": jnp.percentile(layer, jnp.asarray(percentiles), axis=0)
-        for number, layer in enumerate(layers, start=1)
-    }
+    wanted = jnp.asarray(percentiles)
+    return _numbered("percentiles", (jnp.percentile(_units(x), wanted, axis=0) for x in layers))
 
 
 def saturation(
@@ -151,34 +154,45 @@ def saturation(
 ) -> dict[str, Array]:
     """Share of each hidden layer's values at which the activation is flat.
 
-    Flat means that the derivative of the model's field `activation` is smaller than `slope`: a
-    sigmoid beyond 4.58, tanh beyond 2.99, ReLU below 0.
+    Flat means that the derivative of the layer's activation is smaller than `slope`: a sigmoid
+    beyond 4.58, tanh beyond 2.99, ReLU below 0.
 
     Returns:
-        `{"saturation": [D]}`, from 0 to 1.
+        `{"saturation": [D]}`, from 0 to 1, over examples, units and positions.
+
+    Raises:
+        ValueError: if a hidden layer does not call its activation as `bnjax.models.Activation`.
     """
-    derivative = jax.vmap(jax.grad(model.activation))
-    layers = preactivations(model, variables, batch, train=train).values()
-    flat = [jnp.mean(jnp.abs(derivative(layer.ravel())) < slope) for layer in layers]
-    return {"saturation": jnp.stack(flat)}
+
+    def flat(layer: layer_taps.Hidden) -> Array:
+        if layer.activation is None:
+            raise ValueError(
+                "the activation of a hidden layer cannot be seen: call it as "
+                "bnjax.models.Activation(function)(x)"
+            )
+        derivative = jax.vmap(jax.grad(layer.activation.function))
+        return jnp.mean(jnp.abs(derivative(layer.entering.ravel())) < slope)
+
+    layers = layer_taps.hidden(model, variables, batch.images, train)
+    return {"saturation": jnp.stack([flat(layer) for layer in layers])}
 
 
 def dead_units(
     model: nn.Module, variables: Variables, batch: Batch, *, train: bool = False
 ) -> dict[str, Array]:
-    """Share of each hidden layer's units that say the same of every example.
+    """Share of each hidden layer's units that say the same of every example (and position).
 
     Returns:
         `{"dead_units": [D]}`, from 0 to 1.
     """
     layers = features(model, variables, batch, train=train).values()
-    return {"dead_units": jnp.stack([jnp.mean(jnp.ptp(layer, axis=0) == 0) for layer in layers])}
+    return {"dead_units": jnp.stack([jnp.mean(jnp.ptp(_units(x), axis=0) == 0) for x in layers])}
 
 
 def cosine_similarity(
     model: nn.Module, variables: Variables, batch: Batch, *, train: bool = False
 ) -> dict[str, Array]:
-    """Mean cosine of the angle between two examples' features, over all pairs, in each layer.
+    """Mean cosine of the angle between two examples' flattened features, over all pairs.
 
         (|sum_i u_i|^2 - N) / (N (N - 1)),   u_i = x_i / |x_i|
 
@@ -207,7 +221,9 @@ def effective_rank(
     threshold: float = 0.01,
     train: bool = False,
 ) -> dict[str, Array]:
-    """Number of singular values of each layer's features `[N, H]` above `threshold` of the largest.
+    """Number of singular values of each layer's features above `threshold` of the largest.
+
+    Features are the matrix `[N, H]` of examples, with channels and positions flattened.
 
     Returns:
         `{"effective_rank": [D]}`, integers; 0 where all features are 0.
@@ -232,10 +248,10 @@ def population_gap(
     `epsilon` is that of the layers. Not to be jitted: statistics are merged on the host.
 
     Returns:
-        `{"BatchNorm_0/mean": [], "BatchNorm_0/std": [], ...}`, as `bnjax.population.gap`.
+        `{"BatchNorm_0/mean": [], "BatchNorm_0/std": [], ...}`, of `population.statistics_gap`.
     """
     estimated = population.estimate(model, dict(variables), [batch.images])
-    gaps = population.gap(dict(variables), estimated, epsilon=epsilon)
+    gaps = population.statistics_gap(dict(variables), estimated, epsilon=epsilon)
     return {
         f"{layer}/{name}": value
         for layer, gap in gaps.items()
@@ -273,3 +289,12 @@ def _loss(model: nn.Module, variables: Variables, batch: Batch) -> Callable[[Any
         return cross_entropy(logits, batch.labels).mean()
 
     return loss
+
+
+def _numbered(name: str, layers: Iterable[Array]) -> dict[str, Array]:
+    return {f"{name}_{number}": layer for number, layer in enumerate(layers, start=1)}
+
+
+def _units(layer: Array) -> Array:
+    """`[N, H]`, or `[N * H * W, C]`."""
+    return layer.reshape(-1, layer.shape[-1])

@@ -1,6 +1,5 @@
 """Where a network that diverged was not finite for the first time."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from jax import Array, lax
 
 from bnjax import training
+from bnjax.layer_taps import watch
 from bnjax.training import AnyArray, Batch, TrainState
 
 LOSS = "loss"
@@ -30,13 +30,13 @@ def first_step(losses: AnyArray) -> int | None:
     return int(lost.argmax()) + 1 if lost.any() else None
 
 
-@partial(jax.jit, static_argnames=("step", "batch_size", "shares"))
 def replay(
     state: TrainState, examples: Batch, key: Array, *, step: int, batch_size: int, shares: int = 1
 ) -> tuple[TrainState, Batch]:
     """Goes through an epoch again up to a step: the state before it, and its batch.
 
-    That is another program than the one that trained, and may round differently.
+    That is another program than the one that trained, and may round differently. It is compiled
+    once for all steps.
 
     Args:
         state: before the epoch.
@@ -47,13 +47,19 @@ def replay(
         shares: parts of each batch that were normalized on their own.
     """
     order = training.draw_order(key, len(examples.labels))
+    state = _advance(state, examples, order, step - 1, batch_size, shares)
+    return state, training.take(examples, order[(step - 1) * batch_size : step * batch_size])
 
+
+@partial(jax.jit, static_argnames=("batch_size", "shares"))
+def _advance(
+    state: TrainState, examples: Batch, order: Array, steps: int, batch_size: int, shares: int
+) -> TrainState:
     def advance(done: Array, state: TrainState) -> TrainState:
         index = lax.dynamic_slice(order, (done * batch_size,), (batch_size,))
         return _train_step(state, training.take(examples, index), shares)
 
-    state = lax.fori_loop(0, step - 1, advance, state)
-    return state, training.take(examples, order[(step - 1) * batch_size : step * batch_size])
+    return lax.fori_loop(0, steps, advance, state)
 
 
 def _train_step(state: TrainState, batch: Batch, shares: int) -> TrainState:
@@ -81,6 +87,9 @@ def first_layer(state: TrainState, batch: Batch, *, train: bool) -> str | None:
         The layer's path, such as `"Dense_3"`; "loss" if all layers are finite and the loss is not;
         None if everything is.
 
+    Raises:
+        ValueError: if a layer is called inside `nn.scan`, `nn.remat` or the like.
+
     Example:
         >>> import optax
         >>> from bnjax.models import MLP
@@ -102,13 +111,11 @@ def _look(names: list[str], train: bool, state: TrainState, batch: Batch) -> tup
     """Whether each layer is finite, in the order in which they end, and the loss of the batch."""
     finite: list[Array] = []
 
-    def note(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        y = next_fun(*args, **kwargs)
-        if context.method_name == "__call__":
-            names.append("/".join(context.module.path) or "logits")
-            finite.append(jnp.isfinite(y).all())
+    def note(module: nn.Module, x: Any, y: Any) -> Any:
+        names.append("/".join(module.path) or "logits")
+        finite.append(jnp.array([jnp.isfinite(a).all() for a in jax.tree.leaves(y)]).all())
         return y
 
-    with nn.intercept_methods(note):
+    with watch(note):
         logits, _ = training.forward(state, batch.images, train=train)
     return jnp.stack(finite), training.cross_entropy(logits, batch.labels).mean()

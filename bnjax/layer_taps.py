@@ -1,14 +1,17 @@
-"""What enters and leaves the layers of any Flax module, seen by interceptors while it is applied.
+"""What enters and leaves the layers of any Flax module, seen by an interceptor while it is applied.
 
-Layers are the calls of `nn.Dense`, `nn.Conv` and what derives from them, in the order of the calls.
+Layers are the calls of `nn.Dense`, `nn.Conv` and what derives from them, in the order of the calls;
+the last gives the logits, the others are hidden. A layer called twice counts as two.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+from flax.core.tracers import current_trace
 from jax import Array
 
 from bnjax.layers import BatchNorm
@@ -20,77 +23,107 @@ Path = tuple[str, ...]
 Variables = Mapping[str, Any]
 
 LAYERS = nn.Dense | nn.DenseGeneral | nn.Conv | nn.ConvTranspose
+BATCH_NORMS = BatchNorm | nn.BatchNorm
 NORMS = (
-    nn.BatchNorm
-    | BatchNorm
+    BATCH_NORMS
     | nn.LayerNorm
     | nn.RMSNorm
     | nn.GroupNorm
+    | nn.InstanceNorm
     | GroupNorm
     | MeanOnlyBatchNorm
 )
 
 
-def hidden(
-    model: nn.Module, variables: Variables, images: AnyArray, train: bool
-) -> list[tuple[Array, Array]]:
-    """What enters the activation of each hidden layer, and what leaves the layer.
+class Hidden(NamedTuple):
+    """A hidden layer.
 
-    Activations that are a `bnjax.models.Activation` are seen themselves, and what leaves a layer is
-    what leaves them, or the normalization after them. In a module without them it is the
-    normalization after a layer, or the layer itself, that enters, and what the next layer is given,
-    before dropout, that leaves. The last layer is not hidden.
+    Attributes:
+        entering: what enters its activation, `[N, ...]`.
+        leaving: what leaves the layer, `[N, ...]`.
+        activation: that of the network, where it is one that can be seen.
     """
-    found: list[tuple[Array, Array]] = []
-    entering: Array | None = None
-    leaving: Array | None = None
 
-    def record(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        nonlocal entering, leaving
+    entering: Array
+    leaving: Array
+    activation: Activation | None
+
+
+@contextmanager
+def watch(see: Callable[[nn.Module, Any, Any], Any], *, lifted: bool = False) -> Iterator[None]:
+    """Within it each call of a module returns `see(module, x, y)` of its first argument and result.
+
+    A module that calls what it derives from is called once.
+
+    Raises:
+        ValueError: unless `lifted`, if a module is called inside `nn.scan`, `nn.remat` or the like,
+            which no array may leave.
+    """
+    trace = current_trace()
+    calls: list[nn.Module] = []
+
+    def intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         module = context.module
-        if context.method_name != "__call__" or not isinstance(
-            module, LAYERS | NORMS | Activation | nn.Dropout
-        ):
+        if context.method_name != "__call__" or (calls and calls[-1] is module):
             return next_fun(*args, **kwargs)
-        x = args[0] if args else next(iter(kwargs.values()))
+        if not lifted and current_trace() != trace:
+            raise ValueError(
+                f"{'/'.join(module.path)} is called inside nn.scan, nn.remat or another "
+                "transformation, where it cannot be looked at: take the module without it"
+            )
+        calls.append(module)
+        try:
+            y = next_fun(*args, **kwargs)
+        finally:
+            calls.pop()
+        return see(module, args[0] if args else kwargs.get("inputs", kwargs.get("x")), y)
+
+    with nn.intercept_methods(intercept):
+        yield
+
+
+def hidden(model: nn.Module, variables: Variables, images: AnyArray, train: bool) -> list[Hidden]:
+    """The hidden layers, from the input on, as `bnjax.diagnostics.features` tells.
+
+    A normalization of any kind after an activation is the last module whose result has the shape of
+    the activation's. What comes before the first layer belongs to none.
+    """
+    found: list[Hidden] = []
+    layer: Hidden | None = None
+
+    def see(module: nn.Module, x: Any, y: Any) -> Any:
+        nonlocal layer
         if isinstance(module, LAYERS):
-            if entering is not None:
-                found.append((entering, x if leaving is None else leaving))
-            entering = leaving = None
-        y = next_fun(*args, **kwargs)
-        if isinstance(module, nn.Dropout):
-            leaving = x if leaving is None else leaving
-        elif isinstance(module, Activation):
-            entering, leaving = x, y
-        elif isinstance(module, NORMS) and leaving is not None:
-            leaving = y
-        else:
-            entering = y
+            if layer is not None:
+                found.append(layer if layer.activation else layer._replace(leaving=x))
+            layer = Hidden(y, y, None)
+        elif layer is not None:
+            if isinstance(module, Activation):
+                layer = Hidden(x, y, module)
+            elif layer.activation is None:
+                layer = layer._replace(entering=y) if isinstance(module, NORMS) else layer
+            elif getattr(y, "shape", None) == layer.leaving.shape:
+                around = module.path == layer.activation.path[: len(module.path)]
+                layer = layer if around else layer._replace(leaving=y)
         return y
 
-    with nn.intercept_methods(record):
+    with watch(see):
         model.apply(variables, to_float(images), train=train, mutable=["batch_stats"])
     return found
 
 
-def is_layer(context: Any) -> bool:
-    """Whether the call that `nn.intercept_methods` shows is that of a layer."""
-    return context.method_name == "__call__" and isinstance(context.module, LAYERS)
+def outputs(
+    model: nn.Module, variables: Variables, images: AnyArray, kinds: Any, *, train: bool
+) -> list[tuple[Path, jax.ShapeDtypeStruct]]:
+    """Path, and shape and dtype of the result, of each call of modules of these kinds, in order."""
+    calls: list[tuple[Path, jax.ShapeDtypeStruct]] = []
 
-
-def layer_outputs(
-    model: nn.Module, variables: Variables, images: AnyArray
-) -> dict[Path, jax.ShapeDtypeStruct]:
-    """Shape and dtype of what leaves each layer, by its path, in the order of the calls."""
-    outputs: dict[Path, jax.ShapeDtypeStruct] = {}
-
-    def note(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        y = next_fun(*args, **kwargs)
-        if is_layer(context):
-            outputs[context.module.path] = jax.ShapeDtypeStruct(y.shape, y.dtype)
+    def see(module: nn.Module, x: Any, y: Any) -> Any:
+        if isinstance(module, kinds):
+            calls.append((module.path, jax.ShapeDtypeStruct(y.shape, y.dtype)))
         return y
 
-    apply = partial(model.apply, train=True, mutable=["batch_stats"])
-    with nn.intercept_methods(note):
+    apply = partial(model.apply, train=train, mutable=["batch_stats"])
+    with watch(see, lifted=True):
         jax.eval_shape(apply, variables, to_float(images))
-    return outputs
+    return calls

@@ -166,24 +166,24 @@ def fold_batch_norm(model: MLP, variables: Mapping[str, Any]) -> tuple[MLP, dict
         raise ValueError("the model has norm=None: there is nothing to fold")
     if model.norm_after:
         raise ValueError("the model normalizes after its activations: none can be folded")
-    own, norms = _initialize(model, variables)
-    if len(norms) != len(model.hidden_sizes) or any(len(norm.path) > 1 for norm in norms):
+    own, layers = _initialize(model, variables)
+    if len(layers) != len(model.hidden_sizes) or any(len(one.path) > 1 for one in layers):
         raise ValueError("the model normalizes by other layers than BatchNorm: none can be folded")
     expected, given = (set(flatten_dict(one)) for one in (own, variables))
     if wrong := {path[1] for path in expected ^ given if path[-1] != "count"}:
         told = ", ".join(sorted(wrong))
         raise ValueError(f"the variables are not those of the model; missing or surplus: {told}")
     params, stats = variables["params"], variables.get("batch_stats", {})
-    folded = {name: layer for name, layer in params.items() if name.startswith("Dense_")}
-    for k, norm in enumerate(norms):
-        dense, affine = folded[f"Dense_{k}"], params.get(norm.name, {})
+    folded = {name: dense for name, dense in params.items() if name.startswith("Dense_")}
+    for k, layer in enumerate(layers):
+        dense, affine = folded[f"Dense_{k}"], params.get(layer.name, {})
         kernel, bias = fold(
             dense["kernel"],
             dense["bias"],
             affine.get("scale"),
             affine.get("bias"),
-            BatchStats(**stats[norm.name]),
-            norm.epsilon,
+            BatchStats(**stats[layer.name]),
+            layer.epsilon,
         )
         folded[f"Dense_{k}"] = {"kernel": kernel, "bias": bias}
     return model.clone(norm=None), {"params": folded}
@@ -191,14 +191,14 @@ def fold_batch_norm(model: MLP, variables: Mapping[str, Any]) -> tuple[MLP, dict
 
 def _initialize(model: MLP, variables: Mapping[str, Any]) -> tuple[Any, list[nn.Module]]:
     """The shapes of fresh variables, and the layers that normalize, from the input on."""
-    norms: list[nn.Module] = []
+    layers: list[nn.Module] = []
 
     def note(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         if normalizes(context):
-            norms.append(context.module)
+            layers.append(context.module)
         return next_fun(*args, **kwargs)
 
     kernel = variables["params"].get("Dense_0", {}).get("kernel", jnp.zeros((1, 1)))
     images = jax.ShapeDtypeStruct((2, kernel.shape[0]), jnp.float32)
     with nn.intercept_methods(note):
-        return jax.eval_shape(partial(model.init, train=True), jax.random.key(0), images), norms
+        return jax.eval_shape(partial(model.init, train=True), jax.random.key(0), images), layers

@@ -51,28 +51,22 @@ class GroupNorm(nn.Module):
         """Normalizes `x`, `[N, ..., C]` floating point.
 
         Raises:
-            ValueError: if the groups do not divide C.
+            ValueError: if it is not, or the groups do not divide C.
         """
-        x = jnp.asarray(x)
-        size, rest = divmod(x.shape[-1], self.num_groups)
-        if rest or not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(
-                f"x is {x.dtype}{list(x.shape)}: expected floating point with features that "
-                f"{self.num_groups} groups divide"
-            )
-        dtype = statistics_dtype(x)
-        groups = x.astype(dtype).reshape(x.shape[0], -1, self.num_groups, size)
+        x = _check(x, self.num_groups)
+        dtype, features = statistics_dtype(x), x.shape[-1:]
+        cut = (self.num_groups, features[0] // self.num_groups)
+        groups = x.astype(dtype).reshape(x.shape[0], math.prod(x.shape[1:-1]), *cut)
         mean = partial(jnp.mean, axis=(1, 3), keepdims=True)
         if self.centred:  # once by a rounded mean, which is not to be differentiated, and once more
             groups = groups - lax.stop_gradient(mean(groups))
             groups = groups - mean(groups)
         groups = groups / jnp.sqrt(mean(jnp.square(groups)) + EPSILON)
-        features = (1,) * (x.ndim - 1) + x.shape[-1:]
-        y = groups.reshape(x.shape)
-        y = self.param("scale", nn.initializers.ones, x.shape[-1:]).reshape(features) * y
+        y = groups.reshape(-1, *features)
+        y = y * self.param("scale", nn.initializers.ones, features).astype(dtype)[None]
         if self.centred:
-            y = y + self.param("bias", nn.initializers.zeros, x.shape[-1:]).reshape(features)
-        return y.astype(x.dtype)
+            y = y + self.param("bias", nn.initializers.zeros, features).astype(dtype)[None]
+        return y.reshape(x.shape).astype(x.dtype)
 
 
 class MeanOnlyBatchNorm(nn.Module):
@@ -102,23 +96,37 @@ class MeanOnlyBatchNorm(nn.Module):
         """Normalizes `x`, `[N, ..., C]` floating point.
 
         Raises:
-            ValueError: if training finds fewer than two samples per feature; `init` accepts any.
+            ValueError: if it is not, or training finds fewer than two samples per feature; `init`
+                accepts any number.
         """
-        x = jnp.asarray(x)
+        x = _check(x)
         dtype, features = statistics_dtype(x), x.shape[-1:]
         bias = self.param("bias", nn.initializers.zeros, features)
         running = self.variable("batch_stats", "mean", jnp.zeros, features, dtype)
         rows = x.astype(dtype).reshape(-1, *features)
         untrainable = self.is_initializing() and math.prod(x.shape[:-1]) in (0, 1)
         if self.use_running_average or untrainable:
-            rows = rows - running.value[None]
+            rows = rows - running.value.astype(dtype)[None]
         else:
             check_sample_count(x)
             rows, (mean, _, count) = centre(rows, None, None)
             if not self.is_initializing():
-                new = self.momentum * running.value + (1 - self.momentum) * mean
-                running.value = jnp.where(count >= 2, new, running.value)
+                old = running.value.astype(dtype)
+                new = self.momentum * old + (1 - self.momentum) * mean
+                running.value = jnp.where(count >= 2, new, old)
         return (rows + bias.astype(dtype)[None]).reshape(x.shape).astype(x.dtype)
+
+
+def _check(x: Array, groups: int = 1) -> Array:
+    """`x` as a JAX array, if it is one that these layers normalize."""
+    x = jnp.asarray(x)
+    divided = x.ndim > 1 and groups > 0 and x.shape[-1] % groups == 0
+    if not (divided and jnp.issubdtype(x.dtype, jnp.floating)):
+        raise ValueError(
+            f"x is {x.dtype} of shape {x.shape}: expected floating point [N, ..., C] with C a "
+            f"multiple of the number of groups, {groups}"
+        )
+    return x
 
 
 def _batch(train: bool, **fields: object) -> nn.Module:
@@ -155,17 +163,16 @@ def norm(name: str) -> Norm:
         name: e.g. `"batch"` or `"group(8)"`.
 
     Raises:
-        ValueError: if there is none, with the nearest name, or its number is too small.
+        ValueError: if there is none, with the nearest name, or its number is none or too small.
 
     Example:
         >>> norm("ghost(25)")(True).virtual_batch_size
         25
     """
-    if match := re.fullmatch(r"(ghost|group)\((\d{1,9})\)", name, re.ASCII):
-        least = {"ghost": 2, "group": 1}[match[1]]
-        if int(match[2]) < least:
-            raise ValueError(f"{name}: expected a number of at least {least}")
-        return {"ghost": _ghost, "group": _group}[match[1]](int(match[2]))
-    if choose("norm", name, NORMS).endswith(")"):
-        raise ValueError(f"{name}: expected a number in parentheses, as in {name.split('(')[0]}(8)")
-    return NORMS[name]
+    if match := re.fullmatch(r"(ghost|group)(?:\((.*)\))?", name):
+        make, least = {"ghost": (_ghost, 2), "group": (_group, 1)}[match[1]]
+        if not re.fullmatch("[0-9]{1,9}", match[2] or "") or int(match[2]) < least:
+            expected = f"expected a whole number of at least {least}, as in {match[1]}(8)"
+            raise ValueError(f"norm {name}: {expected}")
+        return make(int(match[2]))
+    return NORMS[choose("norm", name, NORMS)]

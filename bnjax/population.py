@@ -22,12 +22,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
+from bnjax import layer_taps
+from bnjax.layer_taps import BATCH_NORMS, Path
 from bnjax.layers import features_last, normalizes
 from bnjax.moments import Moments, centre, check_sample_count, merge, statistics_dtype
 from bnjax.training import AnyArray, to_float
 
 Variables = dict[str, Any]
-Path = tuple[str, ...]
 Calls = tuple[tuple[Moments, Array], ...]
 
 
@@ -90,7 +91,7 @@ def estimate(
     return _replace(module, variables, batches, layer_by_layer, partial(reduce, merge))
 
 
-def algorithm_2(
+def average_batch_moments(
     module: nn.Module,
     variables: Variables,
     batches: Iterable[AnyArray],
@@ -111,7 +112,7 @@ def algorithm_2(
         >>> model = MLP(hidden_sizes=(4,), num_classes=2)
         >>> variables = model.init(jax.random.key(0), jnp.zeros((2, 1)), train=True)
         >>> x = jnp.arange(10.0)[:, None]
-        >>> variables = algorithm_2(model, variables, [x[:5], x[5:]])
+        >>> variables = average_batch_moments(model, variables, [x[:5], x[5:]])
         >>> pre = x[:5] @ variables["params"]["Dense_0"]["kernel"]
         >>> unbiased = pre.var(axis=0, ddof=1)
         >>> bool(jnp.allclose(variables["batch_stats"]["BatchNorm_0"]["var"], unbiased))
@@ -120,12 +121,14 @@ def algorithm_2(
     return _replace(module, variables, batches, layer_by_layer, _average)
 
 
-def gap(running: Variables, population: Variables, *, epsilon: float = 1e-5) -> dict[str, Gap]:
+def statistics_gap(
+    running: Variables, population: Variables, *, epsilon: float = 1e-5
+) -> dict[str, Gap]:
     """The gap between the running and the population statistics of each layer.
 
     Args:
         running: variables with `batch_stats` as training left them.
-        population: variables with `batch_stats` from `estimate` or `algorithm_2`.
+        population: variables with `batch_stats` from `estimate` or `average_batch_moments`.
         epsilon: of the layers.
 
     Returns:
@@ -137,11 +140,11 @@ def gap(running: Variables, population: Variables, *, epsilon: float = 1e-5) -> 
     Example:
         >>> running = {"batch_stats": {"norm": {"mean": jnp.ones(2), "var": 4 * jnp.ones(2)}}}
         >>> population = {"batch_stats": {"norm": {"mean": jnp.zeros(2), "var": jnp.ones(2)}}}
-        >>> print(*gap(running, population, epsilon=0.0)["norm"])
+        >>> print(*statistics_gap(running, population, epsilon=0.0)["norm"])
         1.0 1.0
     """
     before, after = (flatten_dict(v["batch_stats"]) for v in (running, population))
-    first, second = ([path[:-1] for path in v if path[-1] == "mean"] for v in (before, after))
+    first, second = ([path[:-1] for path in v if path[-1] == "var"] for v in (before, after))
     if set(first) != set(second):
         wrong = sorted("/".join(path) for path in set(first) ^ set(second))
         raise ValueError(f"the networks differ in their layers: {', '.join(wrong)}")
@@ -185,22 +188,14 @@ def _replace(
 
 
 def layer_paths(module: nn.Module, variables: Variables, images: AnyArray) -> list[Path]:
-    """The paths of the layers that normalize `[N, ...]` images, from the input on."""
-    paths: list[Path] = []
-
-    def note(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        if normalizes(context) and context.module.path not in paths:
-            paths.append(context.module.path)
-        return next_fun(*args, **kwargs)
-
-    with nn.intercept_methods(note):
-        jax.eval_shape(partial(module.apply, train=False), variables, to_float(images))
-    return paths
+    """The paths of the batch normalizations of `[N, ...]` images, from the input on."""
+    calls = layer_taps.outputs(module, variables, images, BATCH_NORMS, train=False)
+    return list(dict.fromkeys(path for path, _ in calls))
 
 
 def _images(batch: Any) -> AnyArray:
     images = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    if not hasattr(images, "dtype"):
+    if not isinstance(images, AnyArray):
         raise ValueError(
             f"a batch is a {type(batch).__name__}: expected an array of images, or a tuple or list "
             "that begins with one"

@@ -107,7 +107,7 @@ def to_float(images: AnyArray) -> AnyArray:
         >>> print(to_float(np.array([0, 255], np.uint8)))
         [0. 1.]
     """
-    dtype = getattr(images, "dtype", None)
+    dtype = images.dtype if isinstance(images, AnyArray) else None
     if dtype == jnp.uint8:
         return images.astype(jnp.float32) / 255
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):

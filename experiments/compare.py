@@ -7,12 +7,12 @@ compare.html, which needs no network, compare.svg and compare.json.
 """
 
 import itertools
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 from rich.console import Console
 
@@ -83,25 +83,25 @@ def pair(first: Run, other: Run) -> dict[str, dict[str, Any]] | None:
         return None
     epoch = min(first.epochs, other.epochs) - 1
     count = min(first.experiment.replicates, other.experiment.replicates)
-
-    def final(run: Run, arm: str) -> dict[str, Any]:
-        return {name: run.metrics[arm][name][epoch, :count] for name in SHOWN}
-
-    def worth(run: Run, arm: str) -> dict[str, Any]:
-        own, reference = final(run, arm), final(run, run.reference)
-        return {name: own[name] - reference[name] for name in SHOWN}
-
-    arms = [arm for arm in first.arms if arm in other.arms]
-    held = [arm for arm in first.others if arm in other.others]
-    sides = {arm: (final(other, arm), final(first, arm)) for arm in arms}
-    if first.reference == other.reference:
-        sides |= {
-            f"{arm} minus {first.reference}": (worth(other, arm), worth(first, arm)) for arm in held
-        }
+    before, after = (_final(run, epoch, count) for run in (first, other))
     return {
-        name: {metric: metrics.difference(metric, *both) for metric in SHOWN}
-        for name, both in sides.items()
+        name: {metric: metrics.difference(metric, after[name], before[name]) for metric in SHOWN}
+        for name in before
+        if name in after
     }
+
+
+def _final(run: Run, epoch: int, count: int) -> dict[str, dict[str, np.ndarray]]:
+    """The metrics of each arm, and what each but the reference is worth."""
+    arms = {
+        arm: {metric: of_arm[metric][epoch, :count] for metric in SHOWN}
+        for arm, of_arm in run.metrics.items()
+    }
+    worth = {
+        f"{arm} minus {run.reference}": {m: arms[arm][m] - arms[run.reference][m] for m in SHOWN}
+        for arm in run.others
+    }
+    return arms | worth
 
 
 def _origin(run: Run) -> tuple[int, str]:
@@ -126,6 +126,11 @@ def write(path: Path, compared: Runs) -> None:
     picture = figures.to_svg(figures.overlay(drawn))
     rundir.write_bytes(path / "compare.svg", picture)
     titles = {arm: title for run in compared.values() for arm, title in run.titles.items()}
+    titles |= {
+        f"{arm} minus {run.reference}": f"{titles[arm]}, minus {titles[run.reference]}"
+        for run in compared.values()
+        for arm in run.others
+    }
     page = render(
         "compare.html.j2",
         replaced=any(is_replaced(run.config) for run in compared.values()),
@@ -168,8 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_plain(console, f"{name}: {', '.join(map(str, values))}")
         return 0
 
-    return exits.run(command, list)
+    return exits.run(command)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exits.leave(main())

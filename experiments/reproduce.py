@@ -14,7 +14,6 @@ Exit status: 0 whatever the verdicts; 2 a mistake in the command, the settings o
 """
 
 import contextlib
-import dataclasses
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -25,12 +24,13 @@ from typing import Annotated
 import jax
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, Task, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bnjax import data
 from bnjax.data import Dataset
 from bnjax.names import choose
 from experiments.claims import Claim, Settings, load_claims, verdicts
+from experiments.claims.verdicts import format_seconds
 from experiments.lab import devices, exits, rundir
 from experiments.lab.console import print_plain
 from experiments.lab.options import flags
@@ -151,52 +151,34 @@ def run(
     left = [claim for claim in claims if not (path / claim.id / verdicts.EVIDENCE).exists()]
     total = sum(costs[claim.id] for claim in left)
     told = f", {len(claims) - len(left)} done before" if len(left) < len(claims) else ""
-    duration = verdicts.format_seconds(total)
-    print_plain(
-        console,
-        f"{len(claims)} claim{'s' * (len(claims) > 1)}{told}, about {duration} on two cores",
-    )
-    begin = time.perf_counter()
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
-    task = bar.add_task("", total=total)
+    count, duration = f"{len(claims)} claim{'s' * (len(claims) > 1)}", format_seconds(total)
+    print_plain(console, f"{count}{told}, about {duration} on two cores")
     settings = Settings(dataset, options.quick, options.replicates, options.seed)
-    with bar:
+    columns = TextColumn("{task.description}, time left"), TimeRemainingColumn(), BarColumn()
+    shown = console.is_terminal
+    with Progress(*columns, console=console, disable=not shown, transient=True) as bar:
+        task = bar.add_task("", total=total)
         for claim in claims:
-            done = ""
             if claim in left:
-                bar.update(task, description=f"{claim.id}{_time_left(bar.tasks[task], begin)}")
+                bar.update(task, description=claim.id)
                 start = time.perf_counter()
                 evidence = claim.run(settings)
                 verdicts.save(path, claim, evidence, time.perf_counter() - start)
                 bar.advance(task, costs[claim.id])
                 jax.clear_caches()  # the next claim compiles programs of its own
-                done = _time_left(bar.tasks[task], begin)
-            print_plain(console, verdicts.format_line(claim, path) + done)
+            print_plain(console, verdicts.format_line(path, claim))
             then = "the same command with --out tries again"
             with exits.optional(console, "the report could not be drawn", then):
                 verdicts.write_page(path, shlex.join(_words(options, None)))
             raise_if_stopped()
 
 
-def _time_left(task: Task, begin: float) -> str:
-    """By the pace so far, once there is one; without it, by what the claims say."""
-    left = (task.total or 0) - task.completed
-    pace = (time.perf_counter() - begin) / task.completed if task.completed > left / 20 else 1.0
-    return f"; about {verdicts.format_seconds(pace * left)} left" if left > 0.5 else ""
-
-
 def _words(options: Options, path: Path | None) -> list[str]:
     """The command that runs the same again, without its claims where there is no path."""
     changed = {
-        field.name: getattr(options, field.name)
-        for field in dataclasses.fields(Options)
-        if field.name not in ("claims", "out") and getattr(options, field.name) != field.default
+        name: value
+        for name, value in vars(options).items()
+        if name not in ("claims", "out") and value != getattr(Options, name)
     }
     claims, out = (options.claims, {"out": path}) if path else ((), {})
     return [*PROG.split(), *claims, *flags(changed | out)]

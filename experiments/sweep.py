@@ -11,6 +11,7 @@ Exit status: 0 success; 2 a mistake in the command, the settings or the data; 13
 
 import contextlib
 import dataclasses
+import itertools
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,13 +27,15 @@ from bnjax.data import Dataset
 from bnjax.errors import CheckpointError
 from bnjax.names import choose
 from experiments.lab import arms, devices, exits, rundir
-from experiments.lab.cells import CellResult, SweepCell, summarize_cell, train
-from experiments.lab.console import format_summary, print_plain
+from experiments.lab.cells import METRIC, CellResult, SweepCell, summarize_cell, train
+from experiments.lab.console import format_final, format_summary, print_plain
 from experiments.lab.options import flags
 from experiments.lab.plan import check_memory, describe, load_data
 from experiments.lab.presets import PRESETS, Experiment
 
 PROG = "python -m experiments.sweep"
+AXES = ("learning_rate", "activation", "batch_size")
+Row = tuple[SweepCell, CellResult]
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,15 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         choose("preset", self.preset, PRESETS)
-        for name in ("learning_rate", "batch_size", "activation"):
-            values = getattr(self, name)
+        for name, values in self.axes().items():
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} has a value twice: {', '.join(map(str, values))}")
         self.groups()
+
+    def axes(self) -> dict[str, list[Any]]:
+        """The values of each axis."""
+        preset = PRESETS[self.preset]
+        return {name: list(getattr(self, name) or [getattr(preset, name)]) for name in AXES}
 
     def groups(self) -> list[list[Experiment]]:
         """The experiments of the grid; those that differ in the learning rate alone together."""
@@ -99,28 +106,18 @@ class SweepConfig:
             replicates=self.replicates,
             seed=self.seed,
         ).resolved()
+        rates, *others = self.axes().values()
         return [
-            [
-                dataclasses.replace(
-                    base, activation=activation, batch_size=batch_size, learning_rate=rate
-                )
-                for rate in self.learning_rate or (base.learning_rate,)
-            ]
-            for activation in self.activation or (base.activation,)
-            for batch_size in self.batch_size or (base.batch_size,)
+            [dataclasses.replace(base, **dict(zip(AXES, (r, *cell), strict=True))) for r in rates]
+            for cell in itertools.product(*others)
         ]
 
     def resolved(self) -> dict[str, Any]:
         """What decides the results, with the preset's values where no others are given."""
-        experiments = [one for group in self.groups() for one in group]
-        axes = {
-            name: list(dict.fromkeys(getattr(one, name) for one in experiments))
-            for name in ("learning_rate", "batch_size", "activation")
-        }
-        first = experiments[0]
-        names = ("arms", "reference", "preset", "epochs", "drop_last", "replicates", "seed")
-        rest = {name: getattr(first, name) for name in names}
-        return {**axes, **rest, "arms": list(first.arms)}
+        experiment = self.groups()[0][0]
+        names = ("reference", "preset", "epochs", "drop_last", "replicates", "seed")
+        rest = {name: getattr(experiment, name) for name in names}
+        return {**self.axes(), "arms": list(self.arms), **rest}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -138,7 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 requested = settings.dataset
                 settings = dataclasses.replace(settings, dataset=dataset.name)
                 devices.set_cpu_devices()
-                for group in settings.groups():
+                groups = settings.groups()
+                for group in groups:
                     check_group(group, dataset)
                 if cache := data.cache_directory():
                     devices.enable_compilation_cache(cache / "programs")
@@ -146,23 +144,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 described = describe(settings.resolved(), dataset, requested, settings.data_dir)
                 stack.enter_context(rundir.claim_directory(path, *described))
                 started = True
-            specs = {spec.name: spec for spec in arms.choose(group[0])}
-            labels = {arm: spec.label for arm, spec in specs.items()}
-            reference = str(group[0].reference)
-            rows: list[tuple[SweepCell, CellResult]] = []
-            for group in settings.groups():
+            labels = {spec.name: spec.label for spec in arms.choose(groups[0][0])}
+            rows: list[Row] = []
+            for group in groups:
                 for cell in _train_once(path, group, dataset):
-                    rows.append((cell, summarize_cell(cell, reference, labels)))
+                    rows.append((cell, summarize_cell(cell, str(group[0].reference), labels)))
                     print_plain(console, f"{_name(cell)}: {_tell(rows[-1][1], labels)}")
                 raise_if_stopped()
             content = [
-                {**cell._asdict(), "differences": found.differences, "best": found.best}
-                for cell, found in rows
+                {
+                    **cell._asdict(),
+                    "differences": result.summary["differences"],
+                    "best": result.best,
+                }
+                for cell, result in rows
             ]
             rundir.write_json(path / "sweep.json", {"cells": rundir.null_for_nan(content)})
             then = "the same command tries again"
             with exits.optional(console, "the report could not be drawn", then):
-                _draw(path, settings, rows, specs, reference)
+                _draw(path, settings, rows)
                 print_plain(console, f"report: {path / 'sweep.html'}")
         return 0
 
@@ -173,11 +173,15 @@ def _name(cell: SweepCell) -> str:
     return f"{cell.activation}, batches of {cell.batch_size}, learning rate {cell.learning_rate:g}"
 
 
-def _tell(found: CellResult, labels: Mapping[str, str]) -> str:
-    if len(found.told) == 1:
-        return "".join(found.told.values())
-    told = "".join(f"{labels[arm]} {text}, " for arm, text in found.told.items())
-    return f"{told}best: {' and '.join(labels[arm] for arm in found.best) or 'none'}"
+def _tell(result: CellResult, labels: Mapping[str, str]) -> str:
+    if not result.told:
+        return "".join(
+            format_summary(METRIC, one[METRIC]) for one in result.summary["arms"].values()
+        )
+    if len(result.told) == 1:
+        return "".join(result.told.values())
+    told = "".join(f"{labels[arm]}: {text}; " for arm, text in result.told.items())
+    return f"{told}best: {' and '.join(labels[arm] for arm in result.best) or 'none'}"
 
 
 def check_group(group: Sequence[Experiment], dataset: Dataset) -> None:
@@ -201,66 +205,55 @@ def _train_once(path: Path, group: Sequence[Experiment], dataset: Dataset) -> li
         file.parent.mkdir(exist_ok=True)
         trained = [rundir.null_for_nan(cell._asdict()) for cell in train(group, dataset)]
         rundir.write_json(file, {"cells": trained})
-    try:
-        found = rundir.read_object(file, ["cells"])["cells"]
-        cells = [SweepCell(**rundir.nan_for_null(one)) for one in found]
-    except TypeError:
-        cells = []
-    settings = ("activation", "batch_size", "learning_rate")
-    if [[getattr(one, name) for name in settings] for one in cells] != [
-        [getattr(one, name) for name in settings] for one in group
-    ]:
-        raise CheckpointError(f"{file} is not what this sweep wrote: delete it to train it again")
-    return cells
+    saved = rundir.read_object(file, ["cells"])["cells"]
+    with contextlib.suppress(TypeError):
+        cells = [SweepCell(**rundir.nan_for_null(one)) for one in saved]
+        settings = [(one.activation, one.batch_size, one.learning_rate) for one in group]
+        if [cell[:3] for cell in cells] == settings:
+            return cells
+    raise CheckpointError(f"{file} is not what this sweep wrote: delete it to train it again")
 
 
-def _draw(
-    path: Path,
-    settings: SweepConfig,
-    rows: Sequence[tuple[SweepCell, CellResult]],
-    specs: Mapping[str, arms.ArmSpec],
-    reference: str,
-) -> None:
+def _draw(path: Path, settings: SweepConfig, rows: Sequence[Row]) -> None:
     from experiments.report import heat
     from experiments.report.figures import to_svg
     from experiments.report.page import render, svg_uri
 
+    experiment = settings.groups()[0][0]
+    specs = {spec.name: spec for spec in arms.choose(experiment)}
     labels = {arm: spec.label for arm, spec in specs.items()}
-    others = [arm for arm in specs if arm != reference]
-    pairs = {
-        arm: sorted(
-            (row for row in rows if row[1].differences[arm]["n"]),
-            key=lambda row: row[1].differences[arm]["mean"],
-        )
-        for arm in others
-    }
-    picture = to_svg(heat.maps(rows, {arm: labels[arm] for arm in others})) if others else b""
+    others = {arm: label for arm, label in labels.items() if arm != experiment.reference}
+    picture = to_svg(heat.maps(rows, others)) if others else b""
     rundir.write_bytes(path / "sweep.svg", picture)
     page = render(
         "sweep.html.j2",
-        arms=list(specs),
         command=shlex.join(_words(settings)),
         config=rundir.read_config(path),
-        format=format_summary,
+        format=format_final,
         labels=labels,
         map=picture and svg_uri(picture),
         name=_name,
-        others=others,
-        pairs=pairs,
-        reference=reference,
+        ranked={arm: _ranked(rows, arm) for arm in others},
+        reference=experiment.reference,
         rows=rows,
         titles={arm: spec.title or spec.label for arm, spec in specs.items()},
     )
     rundir.write_bytes(path / "sweep.html", page.encode(errors="replace"))
 
 
+def _ranked(rows: Sequence[Row], arm: str) -> list[Row]:
+    """The cells in which an arm can be held against the reference, by what it is worth."""
+
+    def worth(row: Row) -> Any:
+        return row[1].summary["differences"][arm][METRIC]["mean"]
+
+    return sorted((row for row in rows if worth(row) is not None), key=worth)
+
+
 def _words(settings: SweepConfig) -> list[str]:
     """The command that runs the same again."""
-    values = {
-        field.name: getattr(settings, field.name) for field in dataclasses.fields(SweepConfig)
-    }
-    defaults = {field.name: field.default for field in dataclasses.fields(SweepConfig)}
-    changed = {name: value for name, value in values.items() if value != defaults[name]}
+    values = {field: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    changed = {field.name: value for field, value in values.items() if value != field.default}
     return [*PROG.split(), *flags(changed)]
 
 

@@ -1,8 +1,8 @@
 """What goes wrong when a trained network is left in training mode, in numbers and one picture.
 
-Two networks of two hidden layers of 32 are trained, one with batch normalization and one with
-dropout of 0.3. Then their test predictions are taken as they should be, in evaluation mode,
-and as they come out when that is forgotten.
+Two networks of two hidden layers of 32 are trained, one with batch normalization, or that of
+--arm, and one with dropout of 0.3. Then their test predictions are taken as they should be, in
+evaluation mode, and as they come out when that is forgotten.
 
     python -m experiments.train_eval_mode
     python -m experiments.train_eval_mode --dataset digits --epochs 20
@@ -12,11 +12,14 @@ Exit status: 0 success; 2 a mistake in the command, the settings or the data; 13
 Ctrl-C, 143 after SIGTERM.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,20 +31,25 @@ from rich.console import Console
 from bnjax import models, population, training
 from bnjax.data import Dataset
 from bnjax.training import Batch, TrainState
-from experiments.lab import exits, rundir
+from experiments.lab import arms, exits, rundir
+from experiments.lab.arms import ArmSpec
 from experiments.lab.console import print_plain
 from experiments.lab.grids import accuracy_of, predict
 from experiments.lab.plan import load_data
+from experiments.lab.presets import Experiment
 
 PROG = "python -m experiments.train_eval_mode"
 CALLS = 20
 GROUPS = (2, 10, 100)
-BATCH_SIZE = 100
+NETWORK = Experiment()
 
 
 @dataclass(frozen=True)
-class Settings:
+class LessonConfig:
     """What the lesson is shown on."""
+
+    arm: Annotated[str, tyro.conf.arg(metavar="NAME")] = "bn"
+    """Network that normalizes by its batch, as of experiments.mnist_bn."""
 
     dataset: str = "auto"
     """auto, mnist, fashion_mnist, kmnist or digits; auto is MNIST where it can be had."""
@@ -59,27 +67,27 @@ class Settings:
     """Directory to create; by default runs/train_eval_mode-DATASET-TIME."""
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ValueError(f"epochs is {self.epochs}: expected at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is {self.seed}: expected 0 to 4294967295")
+        dataclasses.replace(NETWORK, epochs=self.epochs, seed=self.seed)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
-    settings = tyro.cli(Settings, args=arguments, prog=PROG, description=__doc__)
+    settings = tyro.cli(LessonConfig, args=arguments, prog=PROG, description=__doc__)
     console = Console()
 
-    def command(check: Callable[[], None]) -> int:
+    def command(raise_if_stopped: Callable[[], None]) -> int:
         with exits.user_errors():
+            arm = find_arm(settings.arm)
             out = settings.out and rundir.expand(settings.out)
             if out is not None:
                 rundir.check_free(out)
             dataset = load_data(settings.dataset, settings.data_dir, console)
-            path = out or rundir.default_path("train_eval_mode", dataset.name)
-            path.mkdir(parents=True, exist_ok=True)
-            numbers = lesson(dataset, settings.epochs, settings.seed)
-        check()
+            if (count := min(len(dataset.train_labels), len(dataset.test_labels))) < GROUPS[0]:
+                raise ValueError(f"{dataset.name} has {count} images to train or test: expected 2")
+        path = out or rundir.default_path("train_eval_mode", dataset.name)
+        path.mkdir(parents=True, exist_ok=True)
+        numbers = lesson(dataset, arm, settings.epochs, settings.seed)
+        raise_if_stopped()
         for line in tell(numbers):
             print_plain(console, line)
         rundir.write_json(path / "numbers.json", numbers)
@@ -89,10 +97,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_plain(console, f"\npicture and numbers: {path}")
         return 0
 
-    return exits.run(command, list)
+    return exits.run(command)
 
 
-def lesson(dataset: Dataset, epochs: int, seed: int) -> dict[str, Any]:
+def find_arm(name: str) -> ArmSpec:
+    """The arm of that name, if the lesson can be shown on it.
+
+    Raises:
+        ValueError: if there is none, it keeps no running means and deviations, or a batch of two
+            is too small for it.
+    """
+    arm = arms.find(name)
+    arms.check_sizes(dataclasses.replace(NETWORK, arms=(name,), batch_size=GROUPS[0]), 0)
+    module, images = arm.make(NETWORK), jnp.zeros((2, 1))
+    variables = jax.eval_shape(partial(module.init, train=False), jax.random.key(0), images)
+    if not population.layer_paths(module, variables, images):
+        raise ValueError(
+            f"{name} has no running means and deviations: choose an arm that normalizes by both "
+            "those of its batch, as bn does"
+        )
+    return arm
+
+
+def lesson(dataset: Dataset, arm: ArmSpec, epochs: int, seed: int) -> dict[str, Any]:
     """Trains both networks and measures what the modes do to their predictions.
 
     Returns:
@@ -100,19 +127,21 @@ def lesson(dataset: Dataset, epochs: int, seed: int) -> dict[str, Any]:
     """
     train = Batch(jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels))
     test = Batch(jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels))
-    bn_key, dropout_key, call_key = jax.random.split(jax.random.key(seed), 3)
-    with_bn = _train(models.MLP(), train, epochs, bn_key)
-    with_dropout = _train(
-        models.MLP((32, 32), 10, None, dropout_rate=0.3), train, epochs, dropout_key
-    )
+    arm_key, dropout_key, call_key = jax.random.split(jax.random.key(seed), 3)
+    module = arm.make(NETWORK)
+    normalized = _train(module, train, epochs, arm_key)
+    dropout = models.MLP(NETWORK.hidden_sizes, NETWORK.num_classes, None, dropout_rate=0.3)
+    with_dropout = _train(dropout, train, epochs, dropout_key)
     return {
         "dataset": dataset.name,
+        "arm": arm.name,
+        "title": arm.title or arm.label,
         "epochs": epochs,
         "test_images": len(test.labels),
         "dropout": _dropout(with_dropout, test, jax.random.split(call_key, CALLS)),
-        "alone": _alone(with_bn, test),
-        "groups": _groups(with_bn, test, call_key),
-        "population": _population(with_bn, train, test),
+        "alone": _alone(normalized, test),
+        "groups": _groups(normalized, test, call_key),
+        "population": _population(module, normalized, train, test),
     }
 
 
@@ -126,7 +155,8 @@ def tell(numbers: dict[str, Any]) -> Iterator[str]:
     yield f"   images given more than one class in {CALLS} calls: {dropout['changing']}"
     yield f"   accuracy {low:.2%} to {high:.2%}; in evaluation mode {dropout['evaluation']:.2%}"
 
-    yield "\n2. Batch normalization left in training mode: one image has no variance"
+    what = numbers["title"].removeprefix("with ")
+    yield f"\n2. {what[0].upper()}{what[1:]} left in training mode: one image has no variance"
     yield f"   fed alone: {alone['error']}"
     classes = " or ".join(str(k) for k, votes in enumerate(alone["twice"]) if votes)
     yield f"   fed twice: every prediction is {classes}; accuracy {alone['accuracy']:.2%}"
@@ -153,10 +183,11 @@ def draw(file: Path, numbers: dict[str, Any]) -> None:
     rundir.write_bytes(file, figures.to_png(figures.train_eval_mode(numbers)))
 
 
-def _train(model: models.MLP, train: Batch, epochs: int, key: Array) -> TrainState:
+def _train(module: nn.Module, train: Batch, epochs: int, key: Array) -> TrainState:
     init_key, order_key = jax.random.split(key)
-    state = training.create_state(model, optax.adam(1e-3), init_key, train.images[:2])
-    batch_size = min(BATCH_SIZE, len(train.labels))
+    optimizer = optax.adam(NETWORK.learning_rate)
+    state = training.create_state(module, optimizer, init_key, train.images[:2])
+    batch_size = min(NETWORK.batch_size, len(train.labels))
     for epoch in range(epochs):
         order = jax.random.fold_in(order_key, epoch)
         state, _ = training.train_epoch(state, train, order, batch_size=batch_size)
@@ -166,7 +197,7 @@ def _train(model: models.MLP, train: Batch, epochs: int, key: Array) -> TrainSta
 def _dropout(state: TrainState, test: Batch, keys: Array) -> dict[str, Any]:
     count = len(test.labels)
     calls = np.stack([predict(state, test.images, count, train=True, key=key) for key in keys])
-    votes = (calls[..., None] == np.arange(10)).sum(axis=0)  # [N, 10]
+    votes = (calls[..., None] == np.arange(NETWORK.num_classes)).sum(axis=0)  # [N, classes]
     torn = int(votes.max(axis=1).argmin())
     evaluation = predict(state, test.images, count, train=False)
     return {
@@ -186,12 +217,11 @@ def _alone(state: TrainState, test: Batch) -> dict[str, Any]:
     except ValueError as refused:
         error = str(refused)
     twice = predict(state, test.images.repeat(2, axis=0), 2, train=True)[::2]
+    count = partial(np.bincount, minlength=NETWORK.num_classes)
     return {
         "error": error,
-        "twice": np.bincount(twice, minlength=10).tolist(),
-        "evaluation": np.bincount(
-            predict(state, test.images, 1, train=False), minlength=10
-        ).tolist(),
+        "twice": count(twice).tolist(),
+        "evaluation": count(predict(state, test.images, 1, train=False)).tolist(),
         "accuracy": accuracy_of(twice, test.labels),
     }
 
@@ -219,18 +249,18 @@ def _groups(state: TrainState, test: Batch, key: Array) -> dict[str, Any]:
     return {"training": training_mode, "evaluation": evaluation}
 
 
-def _population(state: TrainState, train: Batch, test: Batch) -> dict[str, Any]:
-    model = models.MLP()
+def _population(module: nn.Module, state: TrainState, train: Batch, test: Batch) -> dict[str, Any]:
     batches = jnp.array_split(train.images, max(1, len(train.labels) // 1000))
+    estimate = partial(population.estimate, module, state.variables, batches)
     estimated = {
         "running": state.variables,
-        "all layers at once": population.estimate(model, state.variables, batches),
-        "layer by layer": population.estimate(model, state.variables, batches, layer_by_layer=True),
+        "all layers at once": estimate(),
+        "layer by layer": estimate(layer_by_layer=True),
     }
     found = {}
     for name, variables in estimated.items():
         renewed = state.replace(batch_stats=variables["batch_stats"])
-        gaps = population.gap(variables, estimated["layer by layer"])
+        gaps = population.statistics_gap(variables, estimated["layer by layer"])
         found[name] = {
             "accuracy": accuracy_of(predict(renewed, test.images, 1, train=False), test.labels),
             "gaps": {

@@ -4,9 +4,11 @@ import dataclasses
 import struct
 from pathlib import Path
 
+import flax.linen as nn
 import numpy as np
 
 from bnjax.data import FILES
+from bnjax.layers import BatchNorm
 from experiments.lab import arms, metrics, probes, rundir
 
 
@@ -136,3 +138,26 @@ def write_idx(path: Path, *arrays: np.ndarray) -> None:
     path.mkdir()
     for name, array in zip(FILES, arrays, strict=True):
         (path / name).write_bytes(idx(array.astype(np.uint8)))
+
+
+class Block(nn.Module):
+    train: bool
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(2, (3, 3), strides=2)(x)
+        return nn.relu(BatchNorm(use_running_average=not self.train)(x))
+
+
+class Nested(nn.Module):
+    """A convolutional network of a user's own: nothing of `bnjax.models`, and modules in it."""
+
+    depth: int
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = x.reshape(*x.shape[:3], -1)
+        for _ in range(self.depth):
+            x = Block(train)(x)
+        x = nn.max_pool(x, (2, 2), (2, 2), padding="SAME")
+        return nn.Dense(10)(x.reshape(len(x), -1))

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from factories import Nested
 from reference import relative_error
 
 from bnjax import diagnostics
-from bnjax.models import ACTIVATIONS, MLP
+from bnjax.models import ACTIVATIONS, MLP, Activation
 from bnjax.training import Batch
 
 IN_NUMPY = {  # with the derivative
@@ -88,6 +89,11 @@ def looking_at(values, activation=jnp.positive):
     return model, {"params": params}, Batch(values, np.zeros(len(values), np.int32))
 
 
+def unit(x):
+    length = np.linalg.norm(x, axis=1, keepdims=True)
+    return x / np.where(length, length, 1)
+
+
 def assert_close(found, expected, tolerance):
     """Both `{name: array}`, with the same names in the same order."""
     assert list(found) == list(expected)
@@ -110,11 +116,6 @@ def test_all_layers_agree_with_numpy(name, use_batch_norm, train):
     def numbered(name, layers):
         return {f"{name}_{k}": layer for k, layer in enumerate(layers, start=1)}
 
-    def mean_cosine(x):
-        length = np.linalg.norm(x, axis=1, keepdims=True)
-        pairs = combinations(x / np.where(length, length, 1), 2)
-        return np.mean([a @ b for a, b in pairs])
-
     check(diagnostics.features, numbered("features", leaving))
     check(diagnostics.preactivations, numbered("preactivations", entering))
     for options, wanted in ({}, (15, 50, 85)), ({"percentiles": (100, 0.5)}, (100, 0.5)):
@@ -122,7 +123,7 @@ def test_all_layers_agree_with_numpy(name, use_batch_norm, train):
         check(diagnostics.activation_percentiles, numbered("percentiles", percentiles), **options)
     flat = [np.mean(IN_NUMPY[name][1](x) < 0.5) for x in entering]
     check(diagnostics.saturation, {"saturation": flat}, tolerance=1e-7, slope=0.5)
-    cosines = [mean_cosine(x) for x in leaving]
+    cosines = [np.mean([a @ b for a, b in combinations(unit(x), 2)]) for x in leaving]
     check(diagnostics.cosine_similarity, {"cosine_similarity": cosines})
     ranks = [np.linalg.matrix_rank(x, tol=0.2 * np.linalg.norm(x, 2)) for x in leaving]
     check(diagnostics.effective_rank, {"effective_rank": ranks}, threshold=0.2)
@@ -315,19 +316,25 @@ class Convolutional(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
+        x = nn.LayerNorm()(x)
         x = nn.Conv(3, (3, 3))(x)
         x = nn.BatchNorm(use_running_average=not train)(x)
         x = nn.max_pool(nn.relu(x), (2, 2), (2, 2))
         x = nn.Dense(5)(x.reshape(len(x), -1))
-        x = nn.Dropout(0.5, deterministic=True)(nn.tanh(x))
+        x = nn.tanh(nn.Dropout(0.5, deterministic=True)(x))
         return nn.Dense(3)(x)
+
+
+def pictures(model, shape=(6, 4, 4, 2), dtype=np.float32):
+    """Variables of the model, and a batch."""
+    images = np.random.default_rng(0).normal(size=shape).astype(dtype)
+    batch = Batch(images, np.arange(len(images), dtype=np.int32) % 3)
+    return model.init(jax.random.key(0), images, train=True), batch
 
 
 def test_a_module_of_ones_own_is_seen_layer_by_layer():
     model = Convolutional()
-    images = np.random.default_rng(0).normal(size=(6, 4, 4, 2)).astype(np.float32)
-    batch = Batch(images, np.arange(6, dtype=np.int32) % 3)
-    variables = model.init(jax.random.key(0), images, train=True)
+    variables, batch = pictures(model)
     seen = diagnostics.preactivations(model, variables, batch)
     left = diagnostics.features(model, variables, batch)
     assert [a.shape for a in seen.values()] == [(6, 4, 4, 3), (6, 5)]
@@ -335,25 +342,168 @@ def test_a_module_of_ones_own_is_seen_layer_by_layer():
     pooled = nn.max_pool(nn.relu(seen["preactivations_1"]), (2, 2), (2, 2)).reshape(6, -1)
     np.testing.assert_array_equal(left["features_1"], pooled)
     np.testing.assert_array_equal(left["features_2"], nn.tanh(seen["preactivations_2"]))
-    names = ["Conv_0", "Dense_0", "Dense_1"]
-    assert list(diagnostics.gradient_norms(model, variables, batch)) == names
-    norms = diagnostics.backpropagated_norms(model, variables, batch)
-    assert list(norms) == names
-    assert all(norm > 0 for norm in norms.values())
+    with pytest.raises(ValueError, match=r"cannot be seen: call it as bnjax.models.Activation"):
+        diagnostics.saturation(model, variables, batch)
 
 
-def test_layers_come_in_the_order_of_their_calls_also_beyond_ten():
-    model, batch = MLP((4,) * 11, 3), Batch(np.ones((6, 5), np.float32), np.zeros(6, np.int32))
-    variables = model.init(jax.random.key(0), batch.images, train=True)
+@pytest.mark.usefixtures("x64")
+def test_gradients_in_convolutions_agree_with_the_network_written_out():
+    model = Convolutional()
+    variables, batch = pictures(model, dtype=np.float64)
+    params = variables["params"] = jax.tree.map(np.float64, variables["params"])
+    x = batch.images - batch.images.mean(axis=-1, keepdims=True)
+    x = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6)
+
+    def loss(kernel, shifts):
+        axes = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=axes)
+        y = y + shifts["Conv_0"]
+        mean, var = (of(y, axis=(0, 1, 2), keepdims=True) for of in (jnp.mean, jnp.var))
+        y = (y - mean) / jnp.sqrt(var + 1e-5)
+        y = nn.max_pool(nn.relu(y), (2, 2), (2, 2)).reshape(6, -1)
+        y = jnp.tanh(y @ params["Dense_0"]["kernel"] + shifts["Dense_0"])
+        y = y @ params["Dense_1"]["kernel"] + shifts["Dense_1"]
+        return -jax.nn.log_softmax(y)[np.arange(6), batch.labels].mean()
+
+    shapes = {"Conv_0": (6, 4, 4, 3), "Dense_0": (6, 5), "Dense_1": (6, 3)}
+    shifts = {name: np.zeros(shape) for name, shape in shapes.items()}
+    of_kernel, of_outputs = jax.grad(loss, (0, 1))(params["Conv_0"]["kernel"], shifts)
+    found = diagnostics.gradient_norms(model, variables, batch)
+    assert list(found) == list(shapes)
+    assert found["Conv_0"] == pytest.approx(np.linalg.norm(of_kernel), rel=1e-10)
+    expected = {name: np.linalg.norm(of_outputs[name]) for name in shapes}
+    assert_close(diagnostics.backpropagated_norms(model, variables, batch), expected, 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        (MLP((4,) * 11, 3), [f"Dense_{k}" for k in range(12)]),
+        (Nested(11), [*(f"Block_{k}/Conv_0" for k in range(11)), "Dense_0"]),
+    ],
+)
+def test_layers_come_in_the_order_of_their_calls_also_beyond_ten(model, names):
+    variables, batch = pictures(model)
     variables = jax.tree.map(lambda a: a, variables)  # as JAX returns it: keys are sorted
-    names = [f"Dense_{k}" for k in range(12)]
     assert list(diagnostics.gradient_norms(model, variables, batch)) == names
     assert list(diagnostics.backpropagated_norms(model, variables, batch)) == names
+    numbers = [f"preactivations_{k}" for k in range(1, 12)]
+    assert list(diagnostics.preactivations(model, variables, batch)) == numbers
+
+
+class Seen(nn.Module):
+    """Each hidden layer a convolution and its activation, then pooling."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.max_pool(Activation(nn.relu)(nn.Conv(4, (3, 3))(x)), (2, 2), (2, 2))
+        x = Activation(nn.tanh)(nn.Conv(3, (3, 3))(x))
+        return nn.Dense(3)(x.reshape(len(x), -1))
+
+
+def test_units_of_pictures_are_their_channels():
+    model = Seen()
+    variables, batch = pictures(model)
+    variables["params"]["Conv_0"]["bias"] = np.array([-1e3, 0, 0, 0], np.float32)
+    variables["params"]["Conv_1"]["kernel"] *= np.array([[[[0, 1, 100]]]], np.float32)
+    seen = [np.asarray(a) for a in diagnostics.preactivations(model, variables, batch).values()]
+    left = [np.asarray(a) for a in diagnostics.features(model, variables, batch).values()]
+    assert [a.shape for a in left] == [(6, 4, 4, 4), (6, 2, 2, 3)]
+    np.testing.assert_array_equal(left[0], np.maximum(seen[0], 0))
+    found = diagnostics.activation_percentiles(model, variables, batch, percentiles=(50, 90))
+    expected = {
+        f"percentiles_{k}": np.percentile(a, (50, 90), axis=(0, 1, 2))
+        for k, a in enumerate(seen, start=1)
+    }
+    assert_close(found, expected, 1e-5)
+    dead = diagnostics.dead_units(model, variables, batch)["dead_units"]
+    assert dead == pytest.approx([1 / 4, 1 / 3])
+    flat = diagnostics.saturation(model, variables, batch)["saturation"]
+    assert flat == pytest.approx([np.mean(seen[0] < 0), np.mean(np.tanh(seen[1]) ** 2 > 0.99)])
+    rows = [a.reshape(6, -1) for a in left]
+    cosines = [np.mean([a @ b for a, b in combinations(unit(x), 2)]) for x in rows]
+    found = diagnostics.cosine_similarity(model, variables, batch)["cosine_similarity"]
+    assert found == pytest.approx(cosines, rel=1e-5)
+    ranks = [np.linalg.matrix_rank(x, tol=0.3 * np.linalg.norm(x, 2)) for x in rows]
+    found = diagnostics.effective_rank(model, variables, batch, threshold=0.3)["effective_rank"]
+    assert found.tolist() == ranks
+
+
+class Doubled(nn.Dense):
+    """Calls what it derives from."""
+
+    def __call__(self, inputs):
+        return 2 * super().__call__(inputs)
+
+
+class Shared(nn.Module):
+    """A layer that is called twice, by name, and one that calls what it derives from."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        dense = nn.Dense(4)
+        return Doubled(3)(jnp.tanh(dense(inputs=jnp.tanh(dense(x)))))
+
+
+@pytest.mark.usefixtures("x64")
+def test_calls_of_a_layer_count_together_in_what_is_backpropagated():
+    model = Shared()
+    variables, batch = pictures(model, (6, 4), np.float64)
+    variables["params"] = params = jax.tree.map(np.float64, variables["params"])
+    dense, doubled = params["Dense_0"]["kernel"], params["Doubled_0"]["kernel"]
+
+    def loss(shifts):
+        x = jnp.tanh(batch.images @ dense + shifts[0])
+        y = 2 * jnp.tanh(x @ dense + shifts[1]) @ doubled + shifts[2]
+        return -jax.nn.log_softmax(y)[np.arange(6), batch.labels].mean()
+
+    first, second, last = jax.grad(loss)([np.zeros((6, n)) for n in (4, 4, 3)])
+    expected = {"Dense_0": np.linalg.norm([first, second]), "Doubled_0": np.linalg.norm(last)}
+    assert_close(diagnostics.backpropagated_norms(model, variables, batch), expected, 1e-12)
+    assert len(diagnostics.features(model, variables, batch)) == 2
+
+
+class Again(nn.Module):
+    """Computes its inside anew in the backward pass, from which no array may leave."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Dense(3)(nn.remat(nn.Dense)(4)(x))
+
+
+def test_layers_inside_transformations_cannot_be_looked_at():
+    model = Again()
+    variables, batch = pictures(model, (6, 4))
+    for probe in (diagnostics.features, diagnostics.backpropagated_norms):
+        with pytest.raises(
+            ValueError, match=r"^CheckpointDense_0 is called inside nn.scan, nn.rem"
+        ):
+            probe(model, variables, batch)
+    kernels = diagnostics.gradient_norms(model, variables, batch)
+    assert list(kernels) == ["CheckpointDense_0", "Dense_0"]
+
+
+class Halved(nn.Module):
+    """A normalization of a user's own, of which bnjax knows nothing."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.LayerNorm()(x) / 2
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer", lambda train: Halved()])
+@pytest.mark.parametrize("norm_after", [False, True])
+def test_features_are_those_that_the_network_returns(norm, norm_after):
+    model = MLP((4, 5), 3, norm, norm_after=norm_after)
+    variables, batch = pictures(model)
+    _, expected = model.apply(variables, batch.images, train=False, return_features=True)
+    found = diagnostics.features(model, variables, batch)
+    chex.assert_trees_all_equal(list(found.values()), expected)
 
 
 def test_normalization_after_the_activation_belongs_to_what_leaves_the_layer():
-    model, batch = MLP((4, 5), 3, norm_after=True), Batch(np.eye(6, dtype=np.float32), np.zeros(6))
-    variables = model.init(jax.random.key(0), batch.images, train=True)
+    model = MLP((4, 5), 3, norm_after=True)
+    variables, batch = pictures(model)
     seen = diagnostics.preactivations(model, variables, batch, train=True)
     left = diagnostics.features(model, variables, batch, train=True)
     for entering, leaving in zip(seen.values(), left.values(), strict=True):

@@ -3,6 +3,7 @@
 from functools import partial
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +48,28 @@ def test_names_the_first_layer_that_is_not_finite(layer, train):
     assert divergence.first_layer(state(), EXAMPLES, train=train) is None
 
 
+class Pair(nn.Module):
+    """A module of a user's own that returns more than one array."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4)(x), {"loss": jnp.log(x.sum() * 0)}
+
+
+class Nested(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x, _ = Pair()(nn.Dense(3)(x))
+        return x
+
+
+def test_modules_within_modules_are_named_by_their_paths():
+    lost = training.create_state(Nested(), optax.sgd(0.0), KEY, EXAMPLES.images)
+    assert divergence.first_layer(lost, EXAMPLES, train=True) == "Pair_0"
+    lost.params["Pair_0"]["Dense_0"]["bias"] = jnp.full(4, jnp.nan)
+    assert divergence.first_layer(lost, EXAMPLES, train=True) == "Pair_0/Dense_0"
+
+
 def test_running_statistics_matter_in_evaluation_only():
     model = models.MLP((8, 8), 3)
     fresh = training.create_state(model, optax.sgd(0.0), KEY, EXAMPLES.images)
@@ -64,6 +87,7 @@ def test_a_loss_alone_is_named():
 @pytest.mark.parametrize("rate", [1e4, 1e30])
 def test_an_epoch_is_gone_through_as_training_did(rate):
     before = state(rate)
+    compiled = divergence._advance._cache_size()
     after, steps = training.train_epoch(before, EXAMPLES, ORDER, batch_size=8, drop_last=False)
     first = divergence.first_step(steps.loss)
     assert first is not None
@@ -73,6 +97,7 @@ def test_an_epoch_is_gone_through_as_training_did(rate):
         assert there.step == step - 1
         layer = divergence.first_layer(there, batch, train=True)
         assert (layer is None) == (step < first)
+    assert divergence._advance._cache_size() <= compiled + 1
     assert not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params))
 
 

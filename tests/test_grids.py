@@ -1,4 +1,4 @@
-"""Grids of settings: every cell is the run that it would be alone."""
+"""Grids of settings: every point is the run that it would be alone."""
 
 import math
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from bnjax import initializers, models, paired
 from bnjax.paired import Arm, Epoch, Placement, Trainer
 from bnjax.parallel.mesh import make_mesh
 from bnjax.training import Batch, Metrics
-from experiments.lab.grids import Cell, accuracy, by_cell, epochs_of, networks, train_grid
+from experiments.lab.grids import GridPoint, accuracy, by_point, epochs_of, networks, train_grid
 
 REPLICATES, BATCH, WIDTH = 2, 8, 40
 
@@ -27,7 +27,7 @@ def xavier(fan_in: int, fan_out: int) -> float:
     return math.sqrt(2 / (fan_in + fan_out))
 
 
-CELLS = (Cell(0.1, he), Cell(0.5, xavier), Cell(0.1, xavier))
+POINTS = (GridPoint(0.1, he), GridPoint(0.5, xavier), GridPoint(0.1, xavier))
 
 
 def examples(count=40, seed=0) -> Batch:
@@ -50,10 +50,10 @@ class Run(NamedTuple):
     epochs: tuple[Epoch, Epoch]
 
 
-def grid(cells) -> Run:
+def grid(points) -> Run:
     initial = {}
     first, last = train_grid(
-        cells,
+        points,
         keys(),
         TRAIN,
         TEST,
@@ -67,22 +67,22 @@ def grid(cells) -> Run:
 
 @pytest.fixture(scope="module")
 def trained() -> Run:
-    return grid(CELLS)
+    return grid(POINTS)
 
 
-def of_cell(tree, number):
-    return jax.tree.map(lambda a: by_cell(np.asarray(a), CELLS)[number], tree)
+def of_point(tree, number):
+    return jax.tree.map(lambda a: by_point(np.asarray(a), POINTS)[number], tree)
 
 
-def test_a_cell_is_bitwise_what_it_is_alone(trained):
-    alone = grid(CELLS[1:2])
+def test_a_point_is_bitwise_what_it_is_alone(trained):
+    alone = grid(POINTS[1:2])
 
     def numbers(run):
         states = {arm: (s.params, s.batch_stats) for arm, s in run.epochs[-1].states.items()}
         epochs = [(epoch.steps, epoch.train, epoch.test) for epoch in run.epochs]
         return jax.tree.map(np.asarray, (states, epochs))
 
-    chex.assert_trees_all_equal(of_cell(numbers(trained), 1), numbers(alone))
+    chex.assert_trees_all_equal(of_point(numbers(trained), 1), numbers(alone))
 
 
 def scaled(state, std):
@@ -95,8 +95,8 @@ def scaled(state, std):
     return state.replace(params=params)
 
 
-def test_a_cell_is_plain_sgd_from_scaled_normal_kernels(trained):
-    normal, rate = initializers.normal(1.0), CELLS[1].learning_rate
+def test_a_point_is_plain_sgd_from_scaled_normal_kernels(trained):
+    normal, rate = initializers.normal(1.0), POINTS[1].learning_rate
     arms = [
         Arm(
             name,
@@ -108,24 +108,24 @@ def test_a_cell_is_plain_sgd_from_scaled_normal_kernels(trained):
     placements = [Placement((arm,), make_mesh()) for arm in arms]
     trainer = Trainer(placements, keys(), TRAIN, TEST, BATCH)
     states = trainer.initial_states()
-    states = {name: scaled(state, CELLS[1].std) for name, state in states.items()}
+    states = {name: scaled(state, POINTS[1].std) for name, state in states.items()}
     plain = trainer.epochs(states, range(1, 3))
     for found, expected in zip(trained.epochs, plain, strict=True):
         for arm in ("bn", "no_bn"):
             for part in ("steps", "train", "test"):
                 mine, other = (getattr(epoch, part)[arm].loss for epoch in (found, expected))
-                np.testing.assert_allclose(of_cell(mine, 1), other, rtol=1e-5)
+                np.testing.assert_allclose(of_point(mine, 1), other, rtol=1e-5)
 
 
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("arm", ["bn", "no_bn"])
 def test_initial_kernels_have_the_deviation_of_their_shape(trained, arm, number):
-    params = of_cell(trained.initial[arm].params, number)
+    params = of_point(trained.initial[arm].params, number)
     for layer, sizes in (("Dense_0", (16, WIDTH)), ("Dense_1", (WIDTH, 10))):
         kernel = params[layer]["kernel"]
         assert kernel.shape == (REPLICATES, *sizes)
         four_errors = 4 / math.sqrt(2 * kernel.size)
-        assert kernel.std() == pytest.approx(CELLS[number].std(*sizes), rel=four_errors)
+        assert kernel.std() == pytest.approx(POINTS[number].std(*sizes), rel=four_errors)
         assert (kernel[0] != kernel[1]).all()
         assert not params[layer]["bias"].any()
     if arm == "bn":
@@ -134,17 +134,17 @@ def test_initial_kernels_have_the_deviation_of_their_shape(trained, arm, number)
 
 
 @pytest.mark.parametrize("arm", ["bn", "no_bn"])
-def test_cells_that_differ_in_their_rate_start_alike_and_part(trained, arm):
-    losses = by_cell(np.asarray(trained.epochs[0].steps[arm].loss), CELLS)  # [C, R, steps]
+def test_points_that_differ_in_their_rate_start_alike_and_part(trained, arm):
+    losses = by_point(np.asarray(trained.epochs[0].steps[arm].loss), POINTS)  # [C, R, steps]
     np.testing.assert_array_equal(losses[1, :, 0], losses[2, :, 0])
     assert (losses[1, :, 1:] != losses[2, :, 1:]).all()
     assert (losses[0, :, 0] != losses[1, :, 0]).all()  # another initialization
 
 
-def test_by_cell_unfolds_cells_before_replicates():
-    values = np.arange(len(CELLS) * 3 * 2).reshape(-1, 2)
-    unfolded = by_cell(values, CELLS)
-    assert unfolded.shape == (len(CELLS), 3, 2)
+def test_by_point_unfolds_points_before_replicates():
+    values = np.arange(len(POINTS) * 3 * 2).reshape(-1, 2)
+    unfolded = by_point(values, POINTS)
+    assert unfolded.shape == (len(POINTS), 3, 2)
     np.testing.assert_array_equal(unfolded[1], values[3:6])
 
 

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from factories import Nested
 from reference import relative_error
 
 import bnjax
 from bnjax.layers import BatchNorm
 from bnjax.models import MLP
-from bnjax.population import algorithm_2, estimate, gap
+from bnjax.population import average_batch_moments, estimate, layer_paths, statistics_gap
 from bnjax.torch_interop import from_torch, to_torch
 
 KEY = jax.random.key(0)
@@ -95,7 +96,9 @@ def test_the_cut_into_batches_does_not_matter(dtype, offset, cuts, order):
 
 @pytest.mark.parametrize("layer_by_layer", [False, True])
 @pytest.mark.parametrize("sizes", [EQUAL, UNEQUAL])
-@pytest.mark.parametrize(("method", "combine"), [(estimate, pooled), (algorithm_2, averaged)])
+@pytest.mark.parametrize(
+    ("method", "combine"), [(estimate, pooled), (average_batch_moments, averaged)]
+)
 def test_all_layers_agree_with_numpy(dtype, method, combine, sizes, layer_by_layer):
     model, batches = MLP((6, 5, 4), 3), drifting(sizes, 4, dtype=dtype)
     variables = arbitrary(model, batches[0])
@@ -157,7 +160,7 @@ def test_masked_samples_count_for_nothing(norm, layer_by_layer):
         x[:, k + 1 :] = np.nan
     variables = arbitrary(module, batches[0])
     valid = [x[:, : k + 1].reshape(-1, 3) for k, x in enumerate(batches)]
-    for method, combine in ((estimate, pooled), (algorithm_2, averaged)):
+    for method, combine in ((estimate, pooled), (average_batch_moments, averaged)):
         found = method(module, variables, batches, layer_by_layer=layer_by_layer)
         assert_close(found["batch_stats"]["BatchNorm_0"], combine(valid), 1e-13)
 
@@ -182,7 +185,7 @@ def test_update_bn_of_torch(sizes):
     torch.optim.swa_utils.update_bn([torch.tensor(x) for x in batches], module)
     theirs = from_torch(module.state_dict(), model)["batch_stats"]
     assert [layer.pop("count") for layer in theirs.values()] == [len(sizes)] * 2
-    assert_close(algorithm_2(model, variables, batches)["batch_stats"], theirs, 1e-13)
+    assert_close(average_batch_moments(model, variables, batches)["batch_stats"], theirs, 1e-13)
 
     dense = variables["params"]["Dense_0"]
     entering = [x @ dense["kernel"] + dense["bias"] for x in batches]
@@ -219,7 +222,7 @@ def test_the_number_of_batches_seen_stays(layer_by_layer):
     assert [int(stats["count"]) for stats in found["batch_stats"].values()] == [7, 8]
 
 
-@pytest.mark.parametrize("method", [estimate, algorithm_2])
+@pytest.mark.parametrize("method", [estimate, average_batch_moments])
 @pytest.mark.parametrize("layer_by_layer", [False, True])
 @pytest.mark.parametrize(
     ("use_batch_norm", "sizes", "message"),
@@ -239,7 +242,7 @@ def test_no_statistics_are_refused(method, layer_by_layer, use_batch_norm, sizes
         method(model, variables, batches, layer_by_layer=layer_by_layer)
 
 
-@pytest.mark.parametrize("method", [estimate, algorithm_2])
+@pytest.mark.parametrize("method", [estimate, average_batch_moments])
 def test_batches_readable_once_serve_all_layers_at_once_only(method):
     model, batches = MLP((6, 5), 3), drifting(EQUAL, 4, dtype=np.float32)
     variables = arbitrary(model, batches[0])
@@ -251,11 +254,14 @@ def test_batches_readable_once_serve_all_layers_at_once_only(method):
 
 def test_gap_in_units_of_the_population():
     mean, std = normal((2, 3), dtype=np.float32) + 2
-    still = {"BatchNorm_0": {"mean": mean, "var": std**2 - 1e-3, "count": 5}}
+    still = {
+        "BatchNorm_0": {"mean": mean, "var": std**2 - 1e-3, "count": 5},
+        "MeanOnlyBatchNorm_0": {"mean": mean},
+    }
     moved = {"mean": mean + [3, 0, -3] * std, "var": (std * [1, 1, 4]) ** 2 - 1e-3}
     population = {"batch_stats": {"Block_0": still, "Block_1": still, **still}}
     running = {"batch_stats": population["batch_stats"] | {"Block_1": {"BatchNorm_0": moved}}}
-    found = gap(running, population, epsilon=1e-3)
+    found = statistics_gap(running, population, epsilon=1e-3)
     assert found.keys() == {"Block_0/BatchNorm_0", "Block_1/BatchNorm_0", "BatchNorm_0"}
     np.testing.assert_allclose(found.pop("Block_1/BatchNorm_0"), np.sqrt([6, 3]), rtol=1e-6)
     assert list(found.values()) == [(0.0, 0.0)] * 2
@@ -301,6 +307,16 @@ class Twice(nn.Module):
         return norm(x=x[:, :2]) + norm(x[:, 2:])
 
 
+def test_layers_come_in_the_order_of_their_calls_also_beyond_ten():
+    module, images = Nested(11), np.ones((2, 4, 4), np.float32)
+    variables = jax.tree.map(lambda a: a, module.init(KEY, images, train=True))
+    paths = [(f"Block_{k}", "BatchNorm_0") for k in range(11)]
+    assert layer_paths(module, variables, images) == paths
+    assert layer_paths(Twice(), Twice().init(KEY, images[0], train=True), images[0]) == [
+        ("BatchNorm_0",)
+    ]
+
+
 def test_a_layer_that_is_called_twice_pools_its_calls():
     batches = drifting(UNEQUAL, 4, dtype=np.float32)
     variables = Twice().init(KEY, batches[0], train=True)
@@ -315,7 +331,7 @@ def test_a_mask_that_leaves_one_sample_is_refused():
     mask = np.array([0, 0, 1, 0, 0], bool)
     variables = model.init(KEY, x, train=True)
     with pytest.raises(ValueError, match="fewer than 2 valid samples"):
-        algorithm_2(model, variables, [np.where(mask[:, None], x, np.nan)])
+        average_batch_moments(model, variables, [np.where(mask[:, None], x, np.nan)])
 
 
 def test_pairs_of_images_and_labels_are_taken():
@@ -333,7 +349,7 @@ def test_gap_of_other_networks_is_refused():
         arbitrary(MLP(sizes, 2), normal((2, 4), dtype=np.float32)) for sizes in ((3,), (3, 3))
     ]
     with pytest.raises(ValueError, match="differ in their layers: BatchNorm_1"):
-        gap(*variables)
+        statistics_gap(*variables)
 
 
 class Counted(nn.Module):
@@ -349,7 +365,7 @@ class Counted(nn.Module):
         return x if self.table is None else x + self.table
 
 
-@pytest.mark.parametrize("method", [estimate, algorithm_2])
+@pytest.mark.parametrize("method", [estimate, average_batch_moments])
 def test_a_module_is_compiled_once_for_each_shape(method):
     batches = drifting(UNEQUAL, 4, dtype=np.float32)
     variables = Counted().init(KEY, batches[0], train=True)
@@ -372,12 +388,19 @@ def test_a_module_without_a_hash_is_measured_all_the_same():
     chex.assert_trees_all_equal(found, estimate(Counted(), variables, batches))
 
 
+class Tensor:
+    """As PyTorch's, whose dtypes NumPy does not understand."""
+
+    dtype, shape = object(), (4, 4)
+
+
 @pytest.mark.parametrize("layer_by_layer", [False, True])
 @pytest.mark.parametrize(
     ("batch", "told"),
     [
         ({"image": np.ones((4, 4), np.float32)}, "a batch is a dict: expected an array of images"),
         ("batch", "a batch is a str: expected an array of images"),
+        (Tensor(), "a batch is a Tensor: expected an array of images"),
         ((), "a batch is a tuple: .*, or a tuple or list that begins with one$"),
         ([[0.5, 0.25], [0.0, 1.0]], "a batch is a list: expected an array of images"),
         (np.ones((4, 4), np.int64), r"images are int64\[4, 4\]: .* uint8 in 0..255"),

@@ -4,6 +4,8 @@ import jax
 import numpy as np
 import optax
 import pytest
+from factories import Nested
+from flax.traverse_util import flatten_dict
 
 from bnjax import diagnostics, models, paired, population, training
 from bnjax.paired import Arm, Placement, Trainer
@@ -11,7 +13,11 @@ from bnjax.parallel.mesh import make_mesh
 from bnjax.training import Batch
 from experiments.lab import probes
 
-NORMS = {"bn": "batch", "no_bn": None}
+MODULES = {
+    "bn": models.MLP((6, 5), 10),
+    "no_bn": models.MLP((6, 5), 10, norm=None),
+    "own": Nested(2),
+}
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +26,7 @@ def trained():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (700, 28, 28)).astype(np.uint8)
     data = Batch(images, rng.integers(0, 10, 700).astype(np.int32))
-    arms = tuple(Arm(name, models.MLP((6, 5), 10, NORMS[name]), optax.adam(1e-2)) for name in NORMS)
+    arms = tuple(Arm(name, module, optax.adam(1e-2)) for name, module in MODULES.items())
     placements = [Placement((arm,), make_mesh()) for arm in arms]
     trainer = Trainer(placements, paired.replicate_keys(0, 2), data, data, batch_size=50)
     (epoch,) = trainer.epochs(trainer.initial_states(), range(1, 2))
@@ -32,17 +38,17 @@ def variables_of(states, arm, replicate=0):
 
 
 @pytest.mark.parametrize("replicate", [0, 1])
-@pytest.mark.parametrize("arm", NORMS)
+@pytest.mark.parametrize("arm", MODULES)
 def test_an_epoch_is_looked_at_with_the_diagnostics(trained, arm, replicate):
     trainer, states, data = trained
     example, sample = (jax.tree.map(lambda a, n=n: a[:n], data) for n in (1, probes.SAMPLE))
     found = probes.after_epoch(trainer, states, example)
-    module, variables = models.MLP((6, 5), 10, NORMS[arm]), variables_of(states, arm, replicate)
+    module, variables = MODULES[arm], variables_of(states, arm, replicate)
     entering = list(diagnostics.preactivations(module, variables, sample).values())
     norms = diagnostics.gradient_norms(module, variables, sample)
     expected = {
         **diagnostics.features(module, variables, example),
-        "gradient_norms": [norms[f"Dense_{k}"] for k in range(3)],
+        "gradient_norms": list(norms.values()),
         "percentiles": [np.percentile(values, probes.PERCENTILES) for values in entering],
         "edges": [np.linspace(values.min(), values.max(), probes.BINS + 1) for values in entering],
     }
@@ -50,7 +56,7 @@ def test_an_epoch_is_looked_at_with_the_diagnostics(trained, arm, replicate):
         close = {"rtol": 1e-4, "atol": 1e-5}
         np.testing.assert_allclose(found[f"{arm}/{name}"][replicate], np.array(values), **close)
     counts = found[f"{arm}/histograms"][replicate]
-    np.testing.assert_array_equal(counts.sum(axis=1), [probes.SAMPLE * 6, probes.SAMPLE * 5])
+    np.testing.assert_array_equal(counts.sum(axis=1), [values.size for values in entering])
 
 
 @pytest.mark.parametrize("replicate", [0, 1])
@@ -64,22 +70,38 @@ def test_the_end_is_of_one_replicate(trained, replicate):
         )
         np.testing.assert_array_equal(found[f"{arm}/predictions"], logits.argmax(axis=1))
         right[arm] = np.asarray(logits.argmax(axis=1)) == data.labels
-    for arm, other in (("bn", "no_bn"), ("no_bn", "bn")):
-        only = np.flatnonzero(right[arm] & ~right[other])[: probes.KEPT]
+    for arm in MODULES:
+        others = np.any([right[other] for other in MODULES if other != arm], axis=0)
+        only = np.flatnonzero(right[arm] & ~others)[: probes.KEPT]
         assert len(only) > 0
         np.testing.assert_array_equal(found[f"only_{arm}"], only)
         np.testing.assert_array_equal(found[f"images_{arm}"], data.images[only])
 
 
-def test_the_end_has_running_statistics_and_those_of_the_training_set(trained):
+@pytest.mark.parametrize(
+    ("arm", "layers"),
+    [("bn", ["BatchNorm_0", "BatchNorm_1"]), ("own", [f"Block_{k}/BatchNorm_0" for k in (0, 1)])],
+)
+def test_the_end_has_running_statistics_and_those_of_the_training_set(trained, arm, layers):
     trainer, states, data = trained
     found = probes.at_end(trainer, states, 0)
-    variables = variables_of(states, "bn")
-    estimated = population.estimate(trainer.arms["bn"].module, variables, [data.images])
+    variables = variables_of(states, arm)
+    estimated = population.estimate(MODULES[arm], variables, [data.images])
     for kind, expected in (("running", variables), ("population", estimated)):
-        for layer, statistics in expected["batch_stats"].items():
-            for name, values in statistics.items():
-                np.testing.assert_allclose(found[f"bn/{kind}/{layer}/{name}"], values, rtol=1e-5)
+        statistics = flatten_dict(expected["batch_stats"], sep="/")
+        names = [f"{layer}/{name}" for layer in layers for name in ("mean", "var")]
+        prefix = f"{arm}/{kind}/"
+        assert [name for name in found if name.startswith(prefix)] == [prefix + n for n in names]
+        for name in names:
+            np.testing.assert_allclose(found[prefix + name], statistics[name], rtol=1e-4, atol=1e-6)
+
+
+def test_layers_stand_in_the_order_of_their_calls_also_beyond_ten():
+    module, images = Nested(11), np.zeros((4, 8, 8), np.uint8)
+    variables = module.init(jax.random.key(0), np.ones((2, 8, 8), np.float32), train=True)
+    found = probes._statistics(module, jax.tree.map(np.asarray, variables), images)
+    names = [f"Block_{k}/BatchNorm_0/{name}" for k in range(11) for name in ("mean", "var")]
+    assert list(found) == [f"{kind}/{name}" for kind in ("running", "population") for name in names]
 
 
 def test_predictions_beyond_the_classes_stay_what_they_are():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import sweep
-from experiments.lab import rundir
+from experiments.lab import metrics, rundir
 from experiments.lab.presets import BOOSTCOURSE
 from experiments.report import heat
 from experiments.sweep import SweepCell, SweepConfig
@@ -86,18 +86,18 @@ def test_other_settings_are_refused(swept, capsys):
     assert "holds results with other settings: learning_rate was" in capsys.readouterr().err
 
 
-def test_maps_show_every_cell():
-    def cell(activation, size, rate, with_bn, without):
-        accuracies = {"bn": with_bn, "no_bn": without}
-        values = {arm: {"test_accuracy": of_arm} for arm, of_arm in accuracies.items()}
-        return SweepCell(activation, size, rate, values)
+def make_cell(activation, size, rate, **accuracies):
+    """A cell whose metrics all have the values of its accuracies."""
+    values = {arm: dict.fromkeys(metrics.METRICS, one) for arm, one in accuracies.items()}
+    return SweepCell(activation, size, rate, rundir.nan_for_null(values))
 
-    nan = float("nan")
+
+def test_maps_show_every_cell():
     cells = [
-        cell(activation, size, rate, *accuracies)
+        make_cell(activation, size, rate, bn=with_bn, no_bn=without)
         for activation in ("relu", "tanh")
         for size in (32, 64)
-        for rate, accuracies in ((0.1, ([0.5, 0.6], [nan, nan])), (0.01, ([0.5], [0.25])))
+        for rate, with_bn, without in ((0.1, [0.5, 0.6], [None, None]), (0.01, [0.5], [0.25]))
     ]
     figure = heat.maps([(one, sweep.summarize_cell(one, "no_bn", LABELS)) for one in cells], BN)
     for axes in figure.axes[:2]:
@@ -121,10 +121,28 @@ def test_maps_show_every_cell():
     ],
 )
 def test_what_a_cell_says(with_bn, without, told):
-    accuracies = {"bn": with_bn, "no_bn": without}
-    values = {arm: {"test_accuracy": of_arm} for arm, of_arm in accuracies.items()}
-    cell = SweepCell("relu", 32, 0.1, rundir.nan_for_null(values))
+    cell = make_cell("relu", 32, 0.1, bn=with_bn, no_bn=without)
     assert sweep.summarize_cell(cell, "no_bn", LABELS).told == {"bn": told}
+
+
+@pytest.mark.parametrize(
+    ("with_bn", "without", "best"),
+    [
+        ([0.5, 0.75], [0.5, 0.5], ["bn"]),
+        ([0.5], [0.5], ["bn", "no_bn"]),
+        ([None], [0.1], ["no_bn"]),
+        ([None], [None], []),
+    ],
+)
+def test_the_best_of_a_cell(with_bn, without, best):
+    cell = make_cell("relu", 32, 0.1, bn=with_bn, no_bn=without)
+    assert sweep.summarize_cell(cell, "no_bn", LABELS).best == best
+
+
+def test_a_map_in_which_every_network_diverged():
+    cell = make_cell("relu", 32, 0.1, bn=[None], no_bn=[None])
+    figure = heat.maps([(cell, sweep.summarize_cell(cell, "no_bn", LABELS))], BN)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["both\ndiverged"]
 
 
 def test_three_arms_have_a_map_each_and_a_best_in_every_cell(tmp_path, capsys):

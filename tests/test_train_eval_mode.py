@@ -1,18 +1,12 @@
-import gzip
+"""The lesson: its numbers, its picture, its errors."""
+
 import json
-import struct
 
 import numpy as np
 import pytest
+from factories import write_idx
 
 from experiments import train_eval_mode
-
-
-def write_idx(path, array):
-    header = struct.pack(">BBBB", 0, 0, 8, array.ndim) + struct.pack(
-        f">{array.ndim}I", *array.shape
-    )
-    path.write_bytes(gzip.compress(header + array.tobytes()))
 
 
 @pytest.fixture(scope="module")
@@ -66,16 +60,26 @@ def test_the_same_seed_teaches_the_same_lesson(lesson, tmp_path):
     assert json.loads((tmp_path / "again" / "numbers.json").read_text()) == lesson[1]
 
 
-def test_a_handful_of_images_is_enough(tmp_path, capsys):
+def write_images(path, train, test):
     rng = np.random.default_rng(0)
-    for part, count in (("train", 30), ("t10k", 7)):
-        images = rng.integers(0, 256, (count, 28, 28), np.uint8)
-        write_idx(tmp_path / f"{part}-images-idx3-ubyte.gz", images)
-        write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", rng.integers(0, 10, count, np.uint8))
-    out = tmp_path / "out"
-    arguments = ["--dataset", "mnist", "--data-dir", str(tmp_path), "--out", str(out)]
+    images = (rng.integers(0, 256, (count, 28, 28)) for count in (train, test))
+    labels = (rng.integers(0, 10, count) for count in (train, test))
+    write_idx(path, *(array for pair in zip(images, labels, strict=True) for array in pair))
+    return ["--dataset", "mnist", "--data-dir", str(path)]
+
+
+def test_a_handful_of_images_is_enough(tmp_path, capsys):
+    arguments = [*write_images(tmp_path / "data", 30, 7), "--out", str(tmp_path / "out")]
     assert train_eval_mode.main(arguments) == 0
     assert "7 test images of mnist" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arm", "told"), [("batch_renorm", "Batch re"), ("ghost_bn(2)", "Ghost")])
+def test_another_arm(tmp_path, capsys, arm, told):
+    arguments = [*write_images(tmp_path / "data", 30, 7), "--out", str(tmp_path / "out")]
+    assert train_eval_mode.main([*arguments, "--arm", arm, "--epochs", "1"]) == 0
+    assert json.loads((tmp_path / "out" / "numbers.json").read_text())["arm"] == arm
+    assert f"2. {told}" in capsys.readouterr().out
 
 
 def test_mistakes_end_with_one_sentence(tmp_path, capsys):
@@ -84,6 +88,11 @@ def test_mistakes_end_with_one_sentence(tmp_path, capsys):
         (["--out", str(tmp_path)], "is not empty"),
         (["--dataset", "minst"], "did you mean 'mnist'"),
         (["--data-dir", str(tmp_path / "nowhere")], "nowhere"),
+        (write_images(tmp_path / "data", 30, 1), "mnist has 1 images"),
+        (["--arm", "bm"], "unknown arm 'bm': did you mean 'bn'"),
+        (["--arm", "layer_norm"], "has no running means and deviations"),
+        (["--arm", "mean_only_bn"], "has no running means and deviations"),
+        (["--arm", "ghost_bn(25)"], "the nearest that does is ghost_bn(2)"),
     ):
         assert train_eval_mode.main(arguments) == 2
         assert message in capsys.readouterr().err
@@ -91,3 +100,12 @@ def test_mistakes_end_with_one_sentence(tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             train_eval_mode.main(arguments)
     assert (tmp_path / "kept").read_text() == "mine"
+
+
+def test_an_error_of_ours_does_not_look_like_the_users(tmp_path, monkeypatch):
+    def failing(*arguments):
+        raise ValueError("shapes do not match")
+
+    monkeypatch.setattr(train_eval_mode, "lesson", failing)
+    with pytest.raises(ValueError, match="shapes do not match"):
+        train_eval_mode.main(["--dataset", "digits", "--out", str(tmp_path / "out")])

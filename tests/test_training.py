@@ -1,4 +1,5 @@
 from functools import partial
+from types import SimpleNamespace
 
 import chex
 import flax
@@ -247,7 +248,9 @@ def test_images_are_bytes_or_floating_point(use, dtype):
         use(examples(4)._replace(images=np.ones((4, 4, 4), dtype)))
 
 
-@pytest.mark.parametrize("images", [[[0, 255]], {"image": 1}, None])
+@pytest.mark.parametrize(
+    "images", [[[0, 255]], {"image": 1}, None, SimpleNamespace(dtype=object(), shape=(4,))]
+)
 def test_images_that_are_no_array_are_refused(images):
     with pytest.raises(ValueError, match=rf"images are a {type(images).__name__}: .* uint8"):
         training.to_float(images)

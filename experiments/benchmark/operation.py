@@ -1,14 +1,11 @@
-"""Batch normalization in training mode, forward and backward, timed beside that of peers.
-
-Everything is compiled before it is timed. Contenders take turns, so that a machine that slows down
-slows all of them down.
-"""
+"""Batch normalization in training mode, forward and backward, timed beside that of peers."""
 
 import importlib.util
 import math
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from functools import partial
+from statistics import median
 from typing import Any
 
 import flax.linen as nn
@@ -16,41 +13,53 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from rich.table import Table
 
 from bnjax.functional import BatchStats, batch_norm_train
+from experiments.benchmark.turns import Part, interleave, timing
 
 SIZES = ((100, 32), (256, 512), (4096, 1024), (65536, 256))
 LEAST_SECONDS = 0.05  # a measurement repeats short calls until it lasts this long
 
 Call = Callable[[], Any]
-Times = dict[tuple[int, ...], dict[str, list[float]]]
 Forward = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
-def run(repeats: int) -> Times:
-    """Seconds of each contender at each size, `repeats` times."""
-    sizes: Times = {}
+def run(repeats: int) -> Part:
+    """Measures every size."""
+    rng = np.random.default_rng(0)
+    found, rows = [], []
     for shape in SIZES:
-        x, gradient = (_normal(shape, seed) for seed in (0, 1))
-        sizes[shape] = measure(contenders(x, gradient), repeats)
-    return sizes
+        x, gradient = rng.normal(size=(2, *shape)).astype(np.float32)
+        calls = {name: stopwatch(call) for name, call in contenders(x, gradient).items()}
+        seconds = interleave(calls, repeats)
+        found.append({"shape": shape, "seconds": seconds})
+        rows += [
+            {
+                "": name,
+                "float32 input": " x ".join(map(str, shape)),
+                **timing(values, "ms"),
+                "/ Flax": f"{median(values) / median(seconds['Flax']):.2f}",
+            }
+            for name, values in seconds.items()
+        ]
+    return found, "Batch normalization, forward and backward", rows
 
 
-def measure(calls: Mapping[str, Call], repeats: int) -> dict[str, list[float]]:
-    """Seconds per call, `repeats` times for each contender, in turns.
+def stopwatch(call: Call) -> Callable[[], float]:
+    """What measures the seconds of a call, by so many that they last `LEAST_SECONDS`.
 
     Args:
-        calls: by contender, a function that returns when its work is done.
-        repeats: how many measurements of each.
+        call: returns when its work is done.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    number = {name: math.ceil(LEAST_SECONDS / _time(call, 3)) for name, call in calls.items()}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            call()  # wakes its threads, and lets those of the others fall asleep
-            seconds[name].append(_time(call, number[name]))
-    return seconds
+
+    def measure(number: int) -> float:
+        call()  # compiles; wakes its threads, and lets those of the others fall asleep
+        start = time.perf_counter()
+        for _ in range(number):
+            call()
+        return (time.perf_counter() - start) / number
+
+    return partial(measure, math.ceil(LEAST_SECONDS / measure(3)))
 
 
 def contenders(x: np.ndarray, gradient: np.ndarray) -> dict[str, Call]:
@@ -62,41 +71,12 @@ def contenders(x: np.ndarray, gradient: np.ndarray) -> dict[str, Call]:
     """
     calls = {
         "bnjax": _in_jax(_bnjax, x, gradient),
-        "Flax": _in_jax(_flax(use_fast_variance=True), x, gradient),
-        "Flax, two-pass variance": _in_jax(_flax(use_fast_variance=False), x, gradient),
+        "Flax": _in_jax(partial(_flax, True), x, gradient),
+        "Flax, two-pass variance": _in_jax(partial(_flax, False), x, gradient),
     }
     if importlib.util.find_spec("torch"):
         calls["PyTorch"] = _in_torch(x, gradient)
     return calls
-
-
-def table(sizes: Times) -> Table:
-    """Median and spread of each contender at each size, and its ratio to Flax."""
-    shown = Table(title="Batch normalization, forward and backward")
-    shown.add_column("float32 input")
-    shown.add_column("")
-    for heading in ("ms", "spread", "ratio to Flax"):
-        shown.add_column(heading, justify="right")
-    for shape, seconds in sizes.items():
-        flax = statistics.median(seconds["Flax"])
-        for name, values in seconds.items():
-            median = statistics.median(values)
-            first = name == next(iter(seconds))
-            shown.add_row(
-                " x ".join(map(str, shape)) if first else "",
-                name,
-                f"{1e3 * median:.3g}",
-                f"{1e3 * spread(values):.2g}",
-                f"{median / flax:.2f}",
-            )
-        shown.add_section()
-    return shown
-
-
-def spread(values: Sequence[float]) -> float:
-    """The distance of the quartiles."""
-    low, high = np.quantile(values, (0.25, 0.75))
-    return float(high - low)
 
 
 def _bnjax(x: Array, scale: Array, bias: Array) -> tuple[Array, Any]:
@@ -104,15 +84,11 @@ def _bnjax(x: Array, scale: Array, bias: Array) -> tuple[Array, Any]:
     return batch_norm_train(x, scale, bias, stats)
 
 
-def _flax(use_fast_variance: bool) -> Forward:
-    layer = nn.BatchNorm(use_running_average=False, use_fast_variance=use_fast_variance)
-
-    def forward(x: Array, scale: Array, bias: Array) -> tuple[Array, Any]:
-        stats = {"mean": jnp.zeros(x.shape[-1]), "var": jnp.ones(x.shape[-1])}
-        variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": stats}
-        return layer.apply(variables, x, mutable=["batch_stats"])
-
-    return forward
+def _flax(fast: bool, x: Array, scale: Array, bias: Array) -> tuple[Array, Any]:
+    layer = nn.BatchNorm(use_running_average=False, use_fast_variance=fast)
+    stats = {"mean": jnp.zeros(x.shape[-1]), "var": jnp.ones(x.shape[-1])}
+    variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": stats}
+    return layer.apply(variables, x, mutable=["batch_stats"])
 
 
 def _in_jax(forward: Forward, x: np.ndarray, gradient: np.ndarray) -> Call:
@@ -143,14 +119,3 @@ def _in_torch(x: np.ndarray, gradient: np.ndarray) -> Call:
         return y.detach(), *backward
 
     return both
-
-
-def _time(call: Call, number: int) -> float:
-    start = time.perf_counter()
-    for _ in range(number):
-        call()
-    return (time.perf_counter() - start) / number
-
-
-def _normal(shape: tuple[int, ...], seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)

@@ -5,29 +5,37 @@ with batch normalization on one mesh, and counts in its compiled program what de
 other in a step. README says how to predict the time on a cluster from such counts.
 """
 
-import json
+import dataclasses
 import math
 import os
 import re
 import socket
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
-from statistics import median
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from typing import Any, NamedTuple
 
-from rich.table import Table
+import jax
+import numpy as np
+
+from bnjax import paired
+from bnjax.paired import Trainer
+from bnjax.parallel import processes
+from bnjax.parallel.mesh import replicate_data
+from bnjax.training import Batch
+from experiments.benchmark.turns import Part, timing
+from experiments.lab import arms, devices
+from experiments.lab.presets import BOOSTCOURSE
 
 BATCH = 512
 STEPS = 20
-BYTES = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
 COLLECTIVE = re.compile(
     r"= (?P<result>\(.*?\)|\S+) "
     r"(?P<kind>all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 )
-ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+ARRAY = re.compile(r"(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")  # bits of an element, and the shape
 
 
 class Layout(NamedTuple):
@@ -70,9 +78,9 @@ def traffic(program: str) -> Traffic:
         Traffic(operations=1, bytes=88)
     """
     sizes = [
-        BYTES[dtype] * math.prod(int(n) for n in shape.split(",") if n)
+        int(bits or 8) // 8 * math.prod(int(n) for n in shape.split(",") if n)
         for match in COLLECTIVE.finditer(program)
-        for dtype, shape in ARRAY.findall(match["result"])
+        for bits, shape in ARRAY.findall(match["result"])
     ]
     return Traffic(sum(count_collectives(program).values()), sum(sizes))
 
@@ -87,72 +95,48 @@ def count_collectives(program: str) -> dict[str, int]:
     return dict(Counter(match["kind"] for match in COLLECTIVE.finditer(program)))
 
 
-def run(repeats: int) -> list[dict[str, Any]]:
-    """Measures every layout: `{processes, devices, network, seconds, operations, bytes}`."""
-    return [{**layout._asdict(), **_start(layout, repeats)} for layout in LAYOUTS]
-
-
-def table(found: Sequence[dict[str, Any]]) -> Table:
-    """One row per layout."""
-    result = Table(title=f"A step of boostcourse on a batch of {BATCH}, spread over devices")
-    for heading in ("processes", "devices", "statistics", "ms", "spread", "all-reduces", "kB"):
-        result.add_column(heading, justify="right")
-    for row in found:
-        seconds = [1000 * s for s in row["seconds"]]
-        result.add_row(
-            f"{row['processes']}",
-            f"{row['devices']}",
-            row["network"],
-            f"{median(seconds):.2f}",
-            f"{max(seconds) - min(seconds):.2f}",
-            f"{row['operations']}",
-            f"{row['bytes'] / 1000:.1f}",
-        )
-    return result
+def run(repeats: int) -> Part:
+    """Measures every layout."""
+    found = [{**layout._asdict(), **_start(layout, repeats)} for layout in LAYOUTS]
+    rows = [
+        {
+            "processes": f"{one['processes']}",
+            "devices": f"{one['devices']}",
+            "statistics": one["network"],
+            **timing(one["seconds"], "ms"),
+            "all-reduces": f"{one['operations']}",
+            "kB": f"{one['bytes'] / 1000:.1f}",
+        }
+        for one in found
+    ]
+    return found, f"A step of boostcourse on a batch of {BATCH}, spread over devices", rows
 
 
 def _start(layout: Layout, repeats: int) -> dict[str, Any]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", __name__, json.dumps([*layout, coordinator, k, repeats])],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
-        )
-        for k in range(layout.processes)
-    ]
-    told = [child.communicate()[0] for child in children]
-    if any(child.returncode for child in children):
-        raise RuntimeError(f"{layout} failed")
-    return json.loads(told[0].splitlines()[-1])
+    measure = partial(_measure, layout, coordinator, repeats)
+    with ProcessPoolExecutor(layout.processes, get_context("spawn")) as pool:
+        first, *_ = pool.map(measure, range(layout.processes))
+    return first
 
 
-def _measure(layout: Layout, coordinator: str, process: int, repeats: int) -> dict[str, Any]:
-    import jax
-    import numpy as np
-    import optax
-
-    from bnjax import models, paired
-    from bnjax.paired import Arm, Placement, Trainer
-    from bnjax.parallel import processes
-    from bnjax.parallel.mesh import make_mesh, replicate_data
-    from bnjax.training import Batch
-
-    jax.config.update("jax_num_cpu_devices", layout.devices // layout.processes)
+def _measure(layout: Layout, coordinator: str, repeats: int, process: int) -> dict[str, Any]:
+    os.environ["XLA_FLAGS"] = ""
+    jax.config.update("jax_platforms", "cpu")
+    mesh = f"replicate=1,data={layout.devices}"
     if layout.processes > 1:
-        processes.start(coordinator, layout.processes, process)
+        devices.join_processes(mesh, coordinator, layout.processes, process)
+    arm = "no_bn" if layout.network == "without" else "bn"
+    experiment = dataclasses.replace(BOOSTCOURSE, arms=(arm,))
+    (placement,) = devices.make_placements(arms.make_arms(experiment), mesh, 1)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (STEPS * BATCH, 28, 28)).astype(np.uint8)
     data = Batch(images, rng.integers(0, 10, STEPS * BATCH).astype(np.int32))
-    mesh = make_mesh(1, layout.devices)
-    module = models.MLP((32, 32), 512, None if layout.network == "without" else "batch")
     keys = paired.replicate_keys(0, 1)
-    placement = Placement((Arm("arm", module, optax.adam(1e-3)),), mesh)
     states = Trainer([placement], keys, data, data, BATCH).initial_states()
-    data = replicate_data(data, mesh)
+    data = replicate_data(data, placement.mesh)
     program = paired.train_epoch.lower(
         states,
         keys,
@@ -160,7 +144,7 @@ def _measure(layout: Layout, coordinator: str, process: int, repeats: int) -> di
         data,
         batch_size=BATCH,
         drop_last=True,
-        mesh=mesh,
+        mesh=placement.mesh,
         statistics="local" if layout.network == "local" else "global",
     ).compile()
     seconds = []
@@ -170,8 +154,3 @@ def _measure(layout: Layout, coordinator: str, process: int, repeats: int) -> di
         states, _ = jax.block_until_ready(program(states, keys, epoch, data))
         seconds.append((time.perf_counter() - start) / STEPS)
     return {"seconds": seconds[1:], **traffic(program.as_text() or "")._asdict()}
-
-
-if __name__ == "__main__":
-    *given, coordinator, process, repeats = json.loads(sys.argv[1])
-    print(json.dumps(_measure(Layout(*given), coordinator, process, repeats)))

@@ -1,23 +1,25 @@
 """Published claims about batch normalization: what each says, and the criterion that judges it.
 
-A claim is one file beside this one, which sets `CLAIM`, or `CLAIMS` where several share a run.
-What it measures has names; its checks, written before any run, say which values of which name the
-claim allows. Whether a claim passes is decided by these alone (`judge`).
+A claim is one file beside this one, or one of two that share a run. What it measures has names; its
+checks, written before any run, say which values of which name the claim allows. Whether a claim
+passes is decided by these alone (`judge`).
 """
 
-import importlib
 import math
-import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from jax import Array
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from bnjax import statistics
+from bnjax import paired, statistics
 from bnjax.data import Dataset
 from bnjax.training import Batch
 from experiments.report import figures
@@ -104,10 +106,28 @@ class Check:
         return (self.low <= value) & (value <= self.high)
 
 
-def measured(checks: Iterable[Check], values: Iterable[ArrayLike]) -> dict[str, list[float]]:
-    """The values `[R]` under the names of the checks, in their order."""
+def collect(
+    checks: Iterable[Check], values: Iterable[ArrayLike], picture: Any, incomparable: str = ""
+) -> Evidence:
+    """The evidence: values `[R]` under the names of the checks, in their order, and a picture.
+
+    Args:
+        checks: what the claim allows.
+        values: what was measured for each of them.
+        picture: what the figure draws, in dicts, lists and arrays.
+        incomparable: why figures of the original set-up do not compare.
+    """
     pairs = zip(checks, values, strict=True)
-    return {check.quantity: np.asarray(found, np.float64).tolist() for check, found in pairs}
+    measured = {check.quantity: np.asarray(found, np.float64).tolist() for check, found in pairs}
+    return Evidence(measured, _to_lists(picture), incomparable)
+
+
+def _to_lists(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _to_lists(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_lists(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def predicted(quantity: str, figure: float) -> Check:
@@ -155,24 +175,19 @@ class Settings:
         """The first in a quick run, the second in a full one."""
         return quick if self.quick else full
 
-    def count(self, quick: int, full: int) -> int:
-        """The number of replicates."""
-        return self.replicates or self.either(quick, full)
+    def keys(self, quick: int, full: int) -> Array:
+        """One key for each replicate, `[R]`, of as many as a quick or a full run has."""
+        return paired.replicate_keys(self.seed, self.replicates or self.either(quick, full))
 
     def incomparable(self, shortened: str = "") -> str:
         """Why figures published for MNIST do not compare; `shortened`: how much less was run."""
         elsewhere = self.dataset.name != "mnist" and f"on {self.dataset.name} instead of MNIST"
         return ", ".join(reason for reason in (elsewhere, self.quick and shortened) if reason)
 
-    @property
-    def train(self) -> Batch:
-        """The training set."""
-        return Batch(self.dataset.train_images, self.dataset.train_labels)
-
-    @property
-    def test(self) -> Batch:
-        """The test set."""
-        return Batch(self.dataset.test_images, self.dataset.test_labels)
+    def data(self, count: int | None = None) -> tuple[Batch, Batch]:
+        """The first so many training images, all of them without a count, and the test set."""
+        _, images, labels, *test = self.dataset[:5]
+        return Batch(images[:count], labels[:count]), Batch(*test)
 
 
 @dataclass(frozen=True)
@@ -204,6 +219,14 @@ class Claim:
     remark: str = ""
 
 
+def draw_arms(axes: Axes, x: ArrayLike, by_arm: Mapping[str, ArrayLike], **settings: Any) -> None:
+    """Each arm's `[R, N]` over x `[N]`: the mean within its interval; `settings` of the axes."""
+    for arm, values in by_arm.items():
+        figures.draw_band(axes, STYLES[arm], x, values)
+    axes.set(**settings)
+    axes.legend(frameon=False)
+
+
 def judge(claim: Claim, evidence: Evidence) -> tuple[Verdict, list[Verdict]]:
     """The verdict on a claim and on each of its checks.
 
@@ -213,18 +236,12 @@ def judge(claim: Claim, evidence: Evidence) -> tuple[Verdict, list[Verdict]]:
         check.judge(evidence.measured.get(check.quantity, []), evidence.incomparable)
         for check in claim.checks
     ]
-    for verdict in (Verdict.FAIL, Verdict.INCONCLUSIVE):
-        if verdict in verdicts:
-            return verdict, verdicts
-    return Verdict.PASS, verdicts
+    worst = (Verdict.FAIL, Verdict.INCONCLUSIVE, Verdict.PASS)
+    return min(verdicts, key=worst.index), verdicts
 
 
 def load_claims() -> Mapping[str, Claim]:
     """All claims by their ids, sorted."""
-    claims: list[Claim] = []
-    for info in pkgutil.iter_modules(__path__):
-        module = importlib.import_module(f"{__name__}.{info.name}")
-        claims += getattr(module, "CLAIMS", ()) or (
-            [module.CLAIM] if hasattr(module, "CLAIM") else []
-        )
+    files = [import_module(f"{__name__}.{info.name}") for info in iter_modules(__path__)]
+    claims = [x for file in files for x in vars(file).values() if isinstance(x, Claim)]
     return {claim.id: claim for claim in sorted(claims, key=lambda claim: claim.id)}

@@ -4,10 +4,10 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 
-from bnjax import models, paired
+from bnjax import models
 from bnjax.paired import Arm
-from experiments.claims import STYLES, Check, Claim, Evidence, Settings, measured
-from experiments.lab.grids import accuracy, take, train
+from experiments.claims import Check, Claim, Evidence, Settings, collect
+from experiments.lab.grids import accuracy, train
 from experiments.report import figures
 
 SIZES = (2, 4, 8, 16, 32)
@@ -23,55 +23,36 @@ KINDS = {
 
 def run(settings: Settings) -> Evidence:
     """Test accuracy of each kind of network at each size of the batch."""
-    keys = paired.replicate_keys(settings.seed, settings.count(4, 10))
-    examples = take(settings.train, settings.either(5_000, 10_000))
+    keys = settings.keys(4, 10)
+    data = settings.data(settings.either(5_000, 10_000))
+    sizes = settings.either((2, 8, 32), SIZES)
 
     def measure(kind: str, size: int) -> np.ndarray:
+        norms = {"bn": "batch", "no_bn": None, "renorm": "renorm", "ghost": f"ghost({size})"}
         batch = LARGEST if kind == "ghost" else size
-        *_, last = train(
-            [Arm(kind, _network(kind, size), optax.sgd(RATE * batch / LARGEST))],
-            keys,
-            examples,
-            settings.test,
-            epochs=settings.either(3, 10),
-            batch_size=batch,
-        )
+        network = models.MLP((100, 100), 10, norms[kind])
+        arm = Arm(kind, network, optax.sgd(RATE * batch / LARGEST))
+        *_, last = train([arm], keys, *data, epochs=settings.either(3, 10), batch_size=batch)
         return accuracy(last)[kind]
 
-    sizes = settings.either((2, 8, 32), SIZES)
-    found = {f"{kind} {size}": measure(kind, size) for kind in KINDS for size in sizes}
+    found = {kind: {size: measure(kind, size) for size in sizes} for kind in KINDS}
     few, many = SIZES[0], LARGEST
-    values = (
-        found[f"bn {few}"] - found[f"bn {many}"],
-        (found[f"bn {few}"] - found[f"no_bn {few}"])
-        - (found[f"bn {many}"] - found[f"no_bn {many}"]),
-        found[f"ghost {few}"] - found[f"ghost {many}"],
-        found[f"renorm {few}"] - found[f"bn {few}"],
-    )
-    curves = {kind: [found[f"{kind} {size}"].tolist() for size in sizes] for kind in KINDS}
-    return Evidence(measured(CLAIM.checks, values), {"sizes": sizes, "curves": curves})
-
-
-def _network(kind: str, size: int) -> models.MLP:
-    norms = {"bn": "batch", "no_bn": None, "renorm": "renorm", "ghost": f"ghost({size})"}
-    return models.MLP((100, 100), 10, norms[kind])
+    change = {kind: by_size[few] - by_size[many] for kind, by_size in found.items()}
+    gain = found["renorm"][few] - found["bn"][few]
+    values = (change["bn"], change["bn"] - change["no_bn"], change["ghost"], gain)
+    curves = {kind: list(by_size.values()) for kind, by_size in found.items()}
+    return collect(CLAIM.checks, values, {"sizes": sizes, "curves": curves})
 
 
 def draw(evidence: Evidence) -> Figure:
     """Accuracy by batch size."""
     figure, (axes,) = figures.panels(["Test accuracy"], width=7)
-    colors = {"renorm": "#1b7f5c", "ghost": "#7b3f98"}
-    sizes = evidence.picture["sizes"]
+    styles, sizes = figures.arm_styles(KINDS), evidence.picture["sizes"]
     for kind, values in evidence.picture["curves"].items():
-        arm = kind if kind in STYLES else "bn"
-        style = {"color": colors[kind], "marker": "^"} if kind in colors else {}
-        figures.draw_band(
-            axes, STYLES[arm], sizes, np.transpose(values), label=KINDS[kind], **style
-        )
+        figures.draw_band(axes, styles[kind], sizes, np.transpose(values))
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.set_xlabel("examples that share statistics")
-    axes.set_ylabel("percent")
+    axes.set(xlabel="examples that share statistics", ylabel="percent")
     axes.legend(frameon=False)
     return figure
 

@@ -3,9 +3,8 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-from bnjax import paired
-from experiments.claims import LABELS, STYLES, Check, Claim, Evidence, Settings, measured
-from experiments.lab.grids import Cell, accuracy, by_cell, epochs_of, he_std, take, train_grid
+from experiments.claims import LABELS, Check, Claim, Evidence, Settings, collect, draw_arms
+from experiments.lab.grids import GridPoint, accuracy, by_point, epochs_of, he_std, train_grid
 from experiments.report import figures
 
 DEPTHS = (5, 10, 20, 40)
@@ -15,42 +14,31 @@ WIDTH = 64
 
 def run(settings: Settings) -> Evidence:
     """The best test accuracy over the learning rates, at each depth."""
-    keys = paired.replicate_keys(settings.seed, settings.count(3, 5))
-    examples = take(settings.train, settings.either(10_000, 60_000))
-    cells = [Cell(rate, he_std) for rate in RATES]
+    keys = settings.keys(3, 5)
+    data = settings.data(settings.either(10_000, 60_000))
+    epochs = epochs_of(settings.either(100, 600), 100, data[0])
+    points = [GridPoint(rate, he_std) for rate in RATES]
 
     def measure(depth: int) -> dict[str, np.ndarray]:
+        sizes = (WIDTH,) * depth
         *_, last = train_grid(
-            cells,
-            keys,
-            examples,
-            settings.test,
-            epochs=epochs_of(settings.either(100, 600), 100, examples),
-            batch_size=100,
-            hidden_sizes=(WIDTH,) * depth,
+            points, keys, *data, epochs=epochs, batch_size=100, hidden_sizes=sizes
         )
-        return {arm: by_cell(values, cells) for arm, values in accuracy(last).items()}
+        return {arm: by_point(values, points).max(axis=0) for arm, values in accuracy(last).items()}
 
     depths = settings.either((DEPTHS[0], DEPTHS[-1]), DEPTHS)
     found = [measure(depth) for depth in depths]
-    best = {
-        arm: np.array([by_arm[arm].max(axis=0) for by_arm in found])  # [depths, R]
-        for arm in LABELS
-    }
-    values = (best["bn"][-1] - best["bn"][0], best["bn"][-1], best["no_bn"][-1])
-    curves = {arm: values.tolist() for arm, values in best.items()}
-    return Evidence(measured(CLAIM.checks, values), {"depths": depths, "curves": curves})
+    best = {arm: np.stack([by_arm[arm] for by_arm in found], axis=1) for arm in LABELS}
+    drop = best["bn"][:, -1] - best["bn"][:, 0]
+    values = (drop, best["bn"][:, -1], best["no_bn"][:, -1])
+    return collect(CLAIM.checks, values, {"depths": depths, "curves": best})
 
 
 def draw(evidence: Evidence) -> Figure:
     """Accuracy by depth."""
     figure, (axes,) = figures.panels(["Best test accuracy over the learning rates"], width=6)
-    for arm, values in evidence.picture["curves"].items():
-        figures.draw_band(axes, STYLES[arm], evidence.picture["depths"], np.transpose(values))
-    axes.set_xlabel("hidden layers")
-    axes.set_ylabel("percent")
-    axes.set_ylim(0, 100)
-    axes.legend(frameon=False)
+    depths, curves = evidence.picture["depths"], evidence.picture["curves"]
+    draw_arms(axes, depths, curves, xlabel="hidden layers", ylabel="percent", ylim=(0, 100))
     return figure
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from bnjax import paired, population, training
 from bnjax.functional import BatchStats, batch_norm_train
 from bnjax.training import Batch, TrainState
-from experiments.claims import STYLES, Check, Claim, Evidence, Settings, measured
+from experiments.claims import STYLES, Check, Claim, Evidence, Settings, collect
 from experiments.lab.arms import make_arms
 from experiments.lab.grids import train, unstack
 from experiments.lab.presets import BOOSTCOURSE
@@ -27,30 +27,17 @@ PRESET = BOOSTCOURSE
 def run(settings: Settings) -> Evidence:
     """Biases over frozen weights, and accuracy by the number of samples."""
     arm = make_arms(PRESET)[0]
-    keys = paired.replicate_keys(settings.seed, settings.count(4, 10))
-    examples, test = (jax.tree.map(jnp.asarray, batch) for batch in (settings.train, settings.test))
-
-    *_, last = train(
-        [arm],
-        keys,
-        examples,
-        test,
-        epochs=settings.either(2, PRESET.epochs),
-        batch_size=PRESET.batch_size,
-    )
+    keys = settings.keys(4, 10)
+    examples, test = (jax.tree.map(jnp.asarray, batch) for batch in settings.data())
+    epochs = settings.either(2, PRESET.epochs)
+    *_, last = train([arm], keys, examples, test, epochs=epochs, batch_size=PRESET.batch_size)
     pairs = zip(unstack(last.states["bn"]), keys, strict=True)
     found = [_look(*pair, arm.module, examples, test) for pair in pairs]
-    accuracies = np.array([one["estimated"] for one in found])  # [R, len(SAMPLES)]
-    running = np.array([one["running"] for one in found])
-    values = (
-        [one["bias"] for one in found],
-        [one["startup"] for one in found],
-        accuracies[:, 0] - accuracies[:, -1],
-        accuracies[:, SAMPLES.index(1000)] - accuracies[:, -1],
-        running - accuracies[:, -1],
-    )
-    picture = {"estimated": accuracies.tolist(), "running": running.tolist()}
-    return Evidence(measured(CLAIM.checks, values), picture)
+    bias, startup, running = ([one[x] for one in found] for x in ("bias", "startup", "running"))
+    estimated = np.array([one["estimated"] for one in found])  # [R, len(SAMPLES)]
+    few, some, many = (estimated[:, SAMPLES.index(count)] for count in (10, 1000, SAMPLES[-1]))
+    values = (bias, startup, few - many, some - many, running - many)
+    return collect(CLAIM.checks, values, {"estimated": estimated, "running": running})
 
 
 def _look(
@@ -114,9 +101,7 @@ def draw(evidence: Evidence) -> Figure:
     label = "statistics of so many samples"
     figures.draw_band(axes, STYLES["bn"], SAMPLES, evidence.picture["estimated"], label=label)
     axes.axhline(np.mean(evidence.picture["running"]), color="gray", linestyle=":", label="running")
-    axes.set_xscale("log")
-    axes.set_xlabel("training images, log scale")
-    axes.set_ylabel("percent")
+    axes.set(xscale="log", xlabel="training images, log scale", ylabel="percent")
     axes.legend(frameon=False)
     return figure
 

@@ -1,7 +1,6 @@
 """Batch normalization makes gradients explode with depth at initialization."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -9,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from bnjax import diagnostics, initializers, models, paired
-from experiments.claims import STYLES, Check, Claim, Evidence, Settings, around, measured
-from experiments.lab.grids import take
+from bnjax import diagnostics, initializers, models
+from bnjax.training import Batch
+from experiments.claims import STYLES, Check, Claim, Evidence, Settings, around, collect
 from experiments.report import figures
 
 DEPTH, WIDTH = 30, 1000
@@ -23,32 +22,35 @@ PUBLISHED = {32: 1.522, 128: 1.480, 512: LIMIT}
 def run(settings: Settings) -> Evidence:
     """Growth of the squared gradient norm per layer, and the norms of the first replicate."""
     width = settings.either(500, WIDTH)
-    keys = paired.replicate_keys(settings.seed, settings.count(3, 5))
+    keys = settings.keys(3, 5)
 
-    def make(norm: str | None) -> tuple[models.MLP, Callable]:
-        he = initializers.he_normal
-        model = models.MLP((width,) * DEPTH, 10, norm, kernel_init=he)
-        return model, jax.jit(lambda key: model.init(key, jnp.zeros((2, 784)), train=True))
+    def measure(norm: str | None, size: int) -> np.ndarray:
+        model = models.MLP((width,) * DEPTH, 10, norm, kernel_init=initializers.he_normal)
+        batch, _ = settings.data(size)
+        found = [_norms(model, _init(model, key), batch) for key in keys]
+        return np.array(found, np.float64) ** 2  # [R, DEPTH]
 
-    made = {True: make("batch"), False: make(None)}
-
-    def measure(name: str) -> list[list[float]]:
-        model, init = made[name != "no_bn"]
-        batch = take(settings.train, 128 if name == "no_bn" else int(name))
-        norms = jax.jit(partial(diagnostics.backpropagated_norms, model))
-        by_key = [norms(init(key), batch) for key in keys]
-        return [[float(one[f"Dense_{k}"]) ** 2 for k in range(DEPTH)] for one in by_key]
-
-    squares = {name: measure(name) for name in (*map(str, PUBLISHED), "no_bn")}
-    growth = [[_growth(norms) for norms in found] for found in squares.values()]
-    first = {name: found[0] for name, found in squares.items()}
-    return Evidence(measured(CLAIM.checks, growth), first)
+    squares = {str(size): measure("batch", size) for size in PUBLISHED}
+    squares["no_bn"] = measure(None, 128)
+    first = {name: values[0] for name, values in squares.items()}
+    return collect(CLAIM.checks, map(_growth, squares.values()), first)
 
 
-def _growth(squares: list[float]) -> float:
-    """Towards the input, per layer: the slope of the logarithm over the middle layers."""
+@partial(jax.jit, static_argnums=0)
+def _init(model: models.MLP, key: jax.Array) -> diagnostics.Variables:
+    return model.init(key, jnp.zeros((2, 784)), train=True)
+
+
+@partial(jax.jit, static_argnums=0)
+def _norms(model: models.MLP, variables: diagnostics.Variables, batch: Batch) -> jax.Array:
+    by_layer = diagnostics.backpropagated_norms(model, variables, batch)
+    return jnp.stack([by_layer[f"Dense_{k}"] for k in range(DEPTH)])
+
+
+def _growth(squares: np.ndarray) -> np.ndarray:
+    """Towards the input, per layer: the slope of the logarithm over the middle layers, `[R]`."""
     layers = np.arange(DEPTH)[LAYERS]
-    return float(np.exp(-np.polyfit(layers, np.log(squares[LAYERS]), 1)[0]))
+    return np.exp(-np.polyfit(layers, np.log(squares[:, LAYERS]).T, 1)[0])
 
 
 def draw(evidence: Evidence) -> Figure:
@@ -58,8 +60,7 @@ def draw(evidence: Evidence) -> Figure:
         label = "without BN" if name == "no_bn" else f"with BN, batch of {name}"
         color = STYLES["no_bn" if name == "no_bn" else "bn"]["color"]
         axes.semilogy(range(1, DEPTH + 1), evidence.picture[name], style, color=color, label=label)
-    axes.set_xlabel("layer, from the input on")
-    axes.set_ylabel("of what leaves the layer, log scale")
+    axes.set(xlabel="layer, from the input on", ylabel="of what leaves the layer, log scale")
     axes.legend(frameon=False)
     return figure
 

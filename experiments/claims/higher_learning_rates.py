@@ -3,13 +3,20 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-from bnjax import models, paired
-from experiments.claims import STYLES, Check, Claim, Evidence, Settings, around, measured
-from experiments.lab.grids import ACTIVATION_NAMES, Cell, accuracy, by_cell, epochs_of, train_grid
+from bnjax import models
+from experiments.claims import LABELS, Check, Claim, Evidence, Settings, around, collect, draw_arms
+from experiments.lab.grids import (
+    ACTIVATION_NAMES,
+    GridPoint,
+    accuracy,
+    by_point,
+    epochs_of,
+    train_grid,
+)
 from experiments.report import figures
 
 STEPS, BATCH, STD = 50_000, 60, 0.05
-ARMS = {"no_bn": "without BN", "bn": "with BN"}
+ARMS = ("no_bn", "bn")
 PUBLISHED = {  # activation, rate: accuracy without and with batch normalization
     ("relu", 0.01): (97.5, 98.0),
     ("sigmoid", 0.01): (82.7, 97.3),
@@ -19,60 +26,50 @@ PUBLISHED = {  # activation, rate: accuracy without and with batch normalization
 }
 
 
-def run(settings: Settings) -> Evidence:
-    """Test accuracy in each cell while it trains."""
-    full = epochs_of(STEPS, BATCH, settings.train)
-    epochs = settings.either(min(4, full), full)
-    keys = paired.replicate_keys(settings.seed, settings.count(2, 3))
+def _title(activation: str, rate: float) -> str:
+    return f"{ACTIVATION_NAMES[activation]} at {rate:g}"
 
-    def measure(activation: str) -> dict[str, dict[str, list[list[float]]]]:
+
+def run(settings: Settings) -> Evidence:
+    """Test accuracy at each point while it trains."""
+    full = epochs_of(STEPS, BATCH, settings.data()[0])
+    epochs = settings.either(min(4, full), full)
+    keys = settings.keys(2, 3)
+    curves: dict[str, dict[str, np.ndarray]] = {_title(*point): {} for point in PUBLISHED}
+    for activation in ("relu", "sigmoid"):
         rates = [rate for name, rate in PUBLISHED if name == activation]
-        cells = [Cell(rate, lambda *_: STD) for rate in rates]
+        points = [GridPoint(rate, lambda *_: STD) for rate in rates]
         training = train_grid(
-            cells,
+            points,
             keys,
-            settings.train,
-            settings.test,
+            *settings.data(),
             epochs=epochs,
             batch_size=BATCH,
             hidden_sizes=(100,) * 3,
             activation=models.activation(activation),
         )
         by_epoch = [accuracy(epoch) for epoch in training]
-        curves = {
-            arm: by_cell(np.stack([found[arm] for found in by_epoch], axis=1), cells).tolist()
-            for arm in ARMS
-        }  # [rates, R, epochs]
-        return {
-            f"{ACTIVATION_NAMES[activation]} at {rate:g}": {arm: curves[arm][k] for arm in ARMS}
-            for k, rate in enumerate(rates)
-        }
-
-    done = measure("relu") | measure("sigmoid")
-    curves = {
-        cell: done[cell] for cell in (f"{ACTIVATION_NAMES[n]} at {r:g}" for n, r in PUBLISHED)
-    }
-    last = [[curve[-1] for curve in by_arm[arm]] for by_arm in curves.values() for arm in ARMS]
+        for arm in ARMS:
+            values = by_point(np.stack([found[arm] for found in by_epoch], axis=1), points)
+            for rate, curve in zip(rates, values, strict=True):
+                curves[_title(activation, rate)][arm] = curve  # [R, epochs]
+    last = [curve[:, -1] for by_arm in curves.values() for curve in by_arm.values()]
     told = f"{epochs} of {full} epochs"
-    return Evidence(measured(CLAIM.checks, last), curves, settings.incomparable(told))
+    return collect(CLAIM.checks, last, curves, settings.incomparable(told))
 
 
 def draw(evidence: Evidence) -> Figure:
-    """Test accuracy over training in each cell."""
+    """Test accuracy over training at each point."""
     figure, row = figures.panels(list(evidence.picture), width=2.8)
     for axes, by_arm in zip(row, evidence.picture.values(), strict=True):
-        for arm, values in by_arm.items():
-            epochs = range(1, len(values[0]) + 1)
-            figures.draw_band(axes, STYLES[arm], epochs, values, marker="")
-        axes.set_xlabel("epoch")
-        axes.set_ylim(0, 102)
+        epochs = range(1, 1 + len(by_arm["bn"][0]))
+        draw_arms(axes, epochs, by_arm, xlabel="epoch", ylim=(0, 102))
     row[0].set_ylabel("test accuracy in percent")
-    row[0].legend(frameon=False)
     return figure
 
 
-def _check(cell: str, arm: str, published: float) -> Check:
-    quantity = f"test accuracy in %, {cell}, {ARMS[arm]}"
+def _check(title: str, arm: str, published: float) -> Check:
+    quantity = f"test accuracy in %, {title}, {LABELS[arm]}"
     if published < 25:
         return Check(quantity, f"{published:g}", high=25.0, original=True)
     return around(quantity, published, 4.0 if published == 82.7 else 1.0, original=True)
@@ -91,8 +88,8 @@ CLAIM = Claim(
     criterion="Mean accuracies are within 1 point of the lesson's (4 for its 82.7), and below 25 % "
     "where the lesson's network collapsed.",
     checks=tuple(
-        _check(f"{ACTIVATION_NAMES[name]} at {rate:g}", arm, figure)
-        for (name, rate), published in PUBLISHED.items()
+        _check(_title(*point), arm, figure)
+        for point, published in PUBLISHED.items()
         for arm, figure in zip(ARMS, published, strict=True)
     ),
     seconds=(40, 400),

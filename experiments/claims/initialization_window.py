@@ -3,9 +3,8 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-from bnjax import paired
-from experiments.claims import STYLES, Check, Claim, Evidence, Settings, measured
-from experiments.lab.grids import Cell, by_cell, take, train_grid
+from experiments.claims import Check, Claim, Evidence, Settings, collect, draw_arms
+from experiments.lab.grids import GridPoint, by_point, train_grid
 from experiments.report import figures
 
 SCALES = np.logspace(0, -4, 16)
@@ -14,33 +13,28 @@ EXAMPLES, EPOCHS = 1000, 20
 
 def run(settings: Settings) -> Evidence:
     """Training accuracy after 20 epochs, from each scale."""
-    cells = [Cell(0.01, lambda *_, scale=scale: scale) for scale in SCALES]
-    few = take(settings.train, EXAMPLES)
-
-    keys = paired.replicate_keys(settings.seed, settings.count(3, 20))
+    points = [GridPoint(0.01, lambda *_, scale=scale: scale) for scale in SCALES]
+    few, _ = settings.data(EXAMPLES)
+    keys = settings.keys(3, 20)
     *_, last = train_grid(
-        cells, keys, few, few, epochs=EPOCHS, batch_size=100, hidden_sizes=(100,) * 5
+        points, keys, few, few, epochs=EPOCHS, batch_size=100, hidden_sizes=(100,) * 5
     )
     accuracy = {
-        arm: by_cell(np.asarray(m.correct) / np.asarray(m.examples), cells)  # [scales, R]
+        arm: by_point(np.asarray(m.correct) / np.asarray(m.examples), points)  # [scales, R]
         for arm, m in last.train.items()
     }
     best = np.maximum(accuracy["bn"].max(axis=0), accuracy["no_bn"].max(axis=0))
     good = {arm: (values >= 0.9 * best).sum(axis=0) for arm, values in accuracy.items()}
     values = (good["bn"] - 2 * good["no_bn"], good["bn"], good["no_bn"])
-    picture = {arm: values.tolist() for arm, values in accuracy.items()}
-    return Evidence(measured(CLAIM.checks, values), picture)
+    picture = {arm: 100 * values.T for arm, values in accuracy.items()}  # [R, scales]
+    return collect(CLAIM.checks, values, picture)
 
 
 def draw(evidence: Evidence) -> Figure:
     """Accuracy by scale."""
     figure, (axes,) = figures.panels(["Training accuracy after 20 epochs"], width=7)
-    for arm, values in evidence.picture.items():
-        figures.draw_band(axes, STYLES[arm], SCALES, 100 * np.transpose(values))
-    axes.set_xscale("log")
-    axes.set_xlabel("standard deviation of the initial weights, log scale")
-    axes.set_ylabel("percent")
-    axes.legend(frameon=False)
+    label = "standard deviation of the initial weights, log scale"
+    draw_arms(axes, SCALES, evidence.picture, xscale="log", xlabel=label, ylabel="percent")
     return figure
 
 

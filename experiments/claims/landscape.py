@@ -1,6 +1,7 @@
 """Batch normalization smooths the landscape of the loss, and does not need steady inputs for it."""
 
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,17 +11,16 @@ import optax
 from jax import Array
 from matplotlib.figure import Figure
 
-from bnjax import diagnostics, initializers, models, norms, paired
-from bnjax.norms import Norm
+from bnjax import diagnostics, initializers, models, norms
 from bnjax.paired import Arm
 from bnjax.training import Batch
-from experiments.claims import STYLES, Check, Claim, Evidence, Settings, measured
-from experiments.lab.grids import accuracy, take, train
+from experiments.claims import LABELS, Check, Claim, Evidence, Settings, collect, draw_arms
+from experiments.lab.grids import accuracy, head, train
 from experiments.report import figures
 
 RATE, BATCH, EXAMPLES = 0.1, 100, 10_000
 STEP_SIZES = tuple(float(size) for size in RATE * np.linspace(0.5, 4, 8))
-HELD = ("bn", "no_bn")
+WHAT = {"loss": "Variation of the loss", "gradient": "Change of the gradient"}
 
 
 class NoisyBatchNorm(nn.Module):
@@ -32,13 +32,13 @@ class NoisyBatchNorm(nn.Module):
     Source: Santurkar et al. (2018), section 2.1 and appendix A.
     """
 
-    use_running_average: bool
+    train: bool
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Normalizes `x`, `[N, H]`, and adds the noise."""
-        x = norms.norm("batch")(not self.use_running_average)(x)
-        if self.use_running_average:
+        x = norms.norm("batch")(self.train)(x)
+        if not self.train:
             return 1.125 * x
         keys = jax.random.split(self.make_rng("dropout"), 4)
         unit = (1, x.shape[1])
@@ -49,59 +49,35 @@ class NoisyBatchNorm(nn.Module):
         return s * x + m
 
 
-def _noisy(train: bool) -> nn.Module:
-    return NoisyBatchNorm(use_running_average=not train)
-
-
-NORMS: dict[str, str | Norm | None] = {"bn": "batch", "no_bn": None, "noisy_bn": _noisy}
+NORMS: dict[str, Any] = {"bn": "batch", "no_bn": None, "noisy_bn": NoisyBatchNorm}
+NETWORKS = {
+    name: models.MLP((64,) * 10, 10, norm, kernel_init=initializers.he_normal)
+    for name, norm in NORMS.items()
+}
 
 
 def run(settings: Settings) -> Evidence:
     """Variation of loss and gradient along the gradient, while the networks train."""
-    keys = paired.replicate_keys(settings.seed, settings.count(3, 10))
-    examples = take(settings.train, EXAMPLES)
-    probe = take(examples, 500)
-    optimizer = optax.sgd(RATE)
-    networks = {name: _network(norm) for name, norm in NORMS.items()}
-    by_epoch: list[dict[str, tuple[Array, Array]]] = []
-    for epoch in train(
-        [Arm(name, network, optimizer) for name, network in networks.items()],
-        keys,
-        examples,
-        settings.test,
-        epochs=settings.either(10, 30),
-        batch_size=BATCH,
-    ):
-        by_epoch.append(
-            {arm: _vary(networks[arm], epoch.states[arm].variables, probe) for arm in HELD}
-        )
+    keys = settings.keys(3, 10)
+    data, epochs = settings.data(EXAMPLES), settings.either(10, 30)
+    arms = [Arm(name, network, optax.sgd(RATE)) for name, network in NETWORKS.items()]
+    varied: list[dict[str, np.ndarray]] = []
+    for epoch in train(arms, keys, *data, epochs=epochs, batch_size=BATCH):
+        states, probe = epoch.states, head(data[0], 500)
+        varied.append({arm: np.array(_vary(arm, states[arm].variables, probe)) for arm in LABELS})
+    found = {arm: np.stack([one[arm] for one in varied], axis=-1) for arm in LABELS}
     last = accuracy(epoch)
-    by_arm = {
-        arm: {
-            what: np.stack([found[arm][k] for found in by_epoch], axis=1)
-            for k, what in enumerate(("loss", "gradient"))
-        }
-        for arm in HELD
-    }  # [R, epochs]
-    values = (
-        *(_ratio(by_arm["bn"][what], by_arm["no_bn"][what]) for what in by_arm["bn"]),
-        last["noisy_bn"] - last["no_bn"],
-        last["noisy_bn"] - last["bn"],
-    )
-    picture = {arm: {k: v.tolist() for k, v in found.items()} for arm, found in by_arm.items()}
-    return Evidence(measured(CLAIM.checks, values), picture)
-
-
-def _network(norm: str | Norm | None) -> models.MLP:
-    return models.MLP((64,) * 10, 10, norm, kernel_init=initializers.he_normal)
+    gains = [last["noisy_bn"] - last[arm] for arm in ("no_bn", "bn")]
+    picture = {arm: dict(zip(WHAT, both, strict=True)) for arm, both in found.items()}
+    return collect(CLAIM.checks, [*_ratio(found["bn"], found["no_bn"]), *gains], picture)
 
 
 @partial(jax.jit, static_argnums=0)
-def _vary(model: models.MLP, variables: diagnostics.Variables, batch: Batch) -> tuple[Array, Array]:
+def _vary(arm: str, variables: diagnostics.Variables, batch: Batch) -> tuple[Array, Array]:
     """Range of the loss and largest change of the gradient, `[R]` each."""
 
     def vary(variables: diagnostics.Variables) -> tuple[Array, Array]:
-        found = diagnostics.landscape(model, variables, batch, step_sizes=STEP_SIZES)
+        found = diagnostics.landscape(NETWORKS[arm], variables, batch, step_sizes=STEP_SIZES)
         return jnp.ptp(found["losses"]), found["gradient_distances"].max()
 
     return jax.lax.map(vary, variables)
@@ -110,20 +86,16 @@ def _vary(model: models.MLP, variables: diagnostics.Variables, batch: Batch) -> 
 def _ratio(bn: np.ndarray, no_bn: np.ndarray) -> np.ndarray:
     """Of the means over the epochs in which both are finite: a network may diverge."""
     both = np.isfinite(bn) & np.isfinite(no_bn)
-    return np.mean(bn, axis=1, where=both) / np.mean(no_bn, axis=1, where=both)
+    return np.mean(bn, axis=-1, where=both) / np.mean(no_bn, axis=-1, where=both)
 
 
 def draw(evidence: Evidence) -> Figure:
     """Both variations over training."""
-    titles = {"loss": "Variation of the loss", "gradient": "Change of the gradient"}
-    figure, row = figures.panels(list(titles.values()), width=5)
-    for axes, what in zip(row, titles, strict=True):
-        for arm, found in evidence.picture.items():
-            epochs = range(1, len(found[what][0]) + 1)
-            figures.draw_band(axes, STYLES[arm], epochs, found[what], marker="")
-        axes.set_xlabel("epoch")
-        axes.set_yscale("log")
-        axes.legend(frameon=False)
+    figure, row = figures.panels(list(WHAT.values()), width=5)
+    for axes, what in zip(row, WHAT, strict=True):
+        by_arm = {arm: found[what] for arm, found in evidence.picture.items()}
+        epochs = range(1, 1 + len(by_arm["bn"][0]))
+        draw_arms(axes, epochs, by_arm, xlabel="epoch", yscale="log")
     row[0].set_ylabel("nats, log scale")
     row[1].set_ylabel("Euclidean norm, log scale")
     return figure

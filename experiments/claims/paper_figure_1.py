@@ -7,10 +7,10 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from bnjax import diagnostics, models, paired
+from bnjax import diagnostics, models
 from bnjax.training import Batch
-from experiments.claims import STYLES, Check, Claim, Evidence, Settings, measured
-from experiments.lab.grids import Cell, accuracy, epochs_of, networks, take, train_grid
+from experiments.claims import LABELS, STYLES, Check, Claim, Evidence, Settings, collect, draw_arms
+from experiments.lab.grids import GridPoint, accuracy, epochs_of, head, networks, train_grid
 from experiments.report import figures
 
 STEPS, BATCH, RATE, STD = 50_000, 60, 0.1, 0.1
@@ -19,39 +19,29 @@ FIELDS: dict[str, Any] = {"hidden_sizes": (100,) * 3, "activation": models.activ
 
 def run(settings: Settings) -> Evidence:
     """Accuracy and percentiles after every epoch of 1,000 steps."""
-    full = epochs_of(STEPS, BATCH, settings.train)
+    data = settings.data()
+    full = epochs_of(STEPS, BATCH, data[0])
     epochs = settings.either(min(10, full), full)
-    keys = paired.replicate_keys(settings.seed, settings.count(3, 5))
-    probe = take(settings.test, 1000)
-    found: dict[str, dict[str, list]] = {
-        arm: {"accuracy": [], "percentiles": []} for arm in networks()
-    }
-    for epoch in train_grid(
-        [Cell(RATE, lambda *_: STD)],
-        keys,
-        settings.train,
-        settings.test,
-        epochs=epochs,
-        batch_size=BATCH,
-        **FIELDS,
-    ):
-        for arm, values in accuracy(epoch).items():
-            percentiles = _percentiles(arm, epoch.states[arm].variables, probe)  # [R, 3, H]
-            found[arm]["accuracy"].append(values)
-            found[arm]["percentiles"].append(np.asarray(percentiles))
-    by_arm = {
-        arm: {what: np.stack(values, axis=1) for what, values in of_arm.items()}
-        for arm, of_arm in found.items()
-    }  # [R, epochs, ...]
-    steps = len(settings.train.labels) // BATCH
+    keys = settings.keys(3, 5)
+    points = [GridPoint(RATE, lambda *_: STD)]
+    found: list[tuple[dict, dict]] = []
+    for epoch in train_grid(points, keys, *data, epochs=epochs, batch_size=BATCH, **FIELDS):
+        inputs = {
+            arm: np.asarray(_percentiles(arm, state.variables, head(data[1], 1000)))
+            for arm, state in epoch.states.items()
+        }
+        found.append((accuracy(epoch), inputs))
+    accuracies, percentiles = (
+        {arm: np.stack([by_arm[arm] for by_arm in by_epoch], axis=1) for arm in LABELS}
+        for by_epoch in zip(*found, strict=True)
+    )  # [R, epochs], [R, epochs, 3, H]
+    steps = len(data[0].labels) // BATCH
     picture = {
         "steps": [steps * number for number in range(1, epochs + 1)],
-        "accuracy": {arm: found["accuracy"].tolist() for arm, found in by_arm.items()},
-        "unit": {
-            arm: found["percentiles"][0, :, :, 0].round(4).tolist() for arm, found in by_arm.items()
-        },
+        "accuracy": accuracies,
+        "unit": {arm: values[0, :, :, 0].round(4) for arm, values in percentiles.items()},
     }
-    return Evidence(measured(CLAIM.checks, _compare(by_arm)), picture)
+    return collect(CLAIM.checks, _compare(accuracies, percentiles), picture)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -64,19 +54,18 @@ def _percentiles(arm: str, variables: diagnostics.Variables, batch: Batch) -> ja
     return jax.lax.map(of_replicate, variables)
 
 
-def _compare(by_arm: dict[str, dict[str, np.ndarray]]) -> list[np.ndarray]:
-    bn, no_bn = by_arm["bn"]["accuracy"], by_arm["no_bn"]["accuracy"]  # [R, epochs]
+def _compare(
+    accuracies: dict[str, np.ndarray], percentiles: dict[str, np.ndarray]
+) -> list[np.ndarray]:
+    bn, no_bn = accuracies["bn"], accuracies["no_bn"]  # [R, epochs]
     levels = np.maximum.accumulate(no_bn, axis=1)
     ratios = _first(bn, levels) / _first(no_bn, levels)
-    drift = {arm: np.ptp(found["percentiles"], axis=1) for arm, found in by_arm.items()}
-    spread = {
-        arm: (found["percentiles"][:, :, 2] - found["percentiles"][:, :, 0]).mean(axis=1)
-        for arm, found in by_arm.items()
-    }  # [R, H]
-    raw = {arm: values.mean(axis=(1, 2)) for arm, values in drift.items()}
-    relative = {
-        arm: (values / spread[arm][:, None]).mean(axis=(1, 2)) for arm, values in drift.items()
-    }
+    raw, relative = {}, {}
+    for arm, values in percentiles.items():  # [R, epochs, 3, H]
+        drift = np.ptp(values, axis=1)
+        spread = (values[:, :, 2] - values[:, :, 0]).mean(axis=1)
+        raw[arm] = drift.mean(axis=(1, 2))
+        relative[arm] = (drift / spread[:, None]).mean(axis=(1, 2))
     return [
         ratios.max(axis=1),
         ratios[:, -1],
@@ -97,11 +86,9 @@ def draw(evidence: Evidence) -> Figure:
     titles = ("(a) Test accuracy", "(b) Without BN", "(c) With BN")
     figure, (first, *others) = figures.panels(titles)
     steps = np.array(evidence.picture["steps"]) / 1000
-    for arm, values in evidence.picture["accuracy"].items():
-        figures.draw_band(first, STYLES[arm], steps, values, marker="")
-    first.set_ylabel("percent")
-    first.set_ylim(bottom=min(75, *np.ravel([*evidence.picture["accuracy"].values()])))
-    first.legend(frameon=False)
+    accuracies = evidence.picture["accuracy"]
+    lowest = min(75, *np.ravel([*accuracies.values()]))
+    draw_arms(first, steps, accuracies, ylabel="percent", ylim=(lowest, None))
     for axes, arm in zip(others, ("no_bn", "bn"), strict=True):
         for line, style in zip(np.transpose(evidence.picture["unit"][arm]), "-~-", strict=True):
             width = 2.2 if style == "~" else 1.0

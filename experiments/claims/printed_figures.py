@@ -6,15 +6,14 @@ from functools import partial
 import numpy as np
 from matplotlib.figure import Figure
 
-from bnjax import paired
 from experiments.claims import (
     LABELS,
     STYLES,
     Claim,
     Evidence,
     Settings,
+    collect,
     interval,
-    measured,
     predicted,
 )
 from experiments.lab.arms import make_arms
@@ -30,17 +29,20 @@ _PRINTED = {  # training cost of each epoch, as printed
     ".108034 .102573 .096396 .091615 .087302",
 }
 COSTS = {arm: tuple(map(float, costs.split())) for arm, costs in _PRINTED.items()}
-ACCURACIES = {"bn": 97.83, "no_bn": 95.98}
+ACCURACIES = {"bn": (97.83,), "no_bn": (95.98,)}  # of the last epoch
+SHOWN: dict[str, tuple[str, Mapping[str, Sequence[float]]]] = {
+    "cost": ("Training cost", COSTS),
+    "accuracy": ("Test accuracy in percent", ACCURACIES),
+}
 
 
 def run(preset: str, settings: Settings) -> Evidence:
-    """Training costs and test accuracies of a preset, epoch by epoch."""
+    """Training costs or test accuracies of a preset, epoch by epoch."""
     experiment = PRESETS[preset]
     by_epoch = train(
         make_arms(experiment),
-        paired.replicate_keys(settings.seed, settings.count(3, 20)),
-        settings.train,
-        settings.test,
+        settings.keys(3, 20),
+        *settings.data(),
         epochs=experiment.epochs,
         batch_size=experiment.batch_size,
         drop_last=experiment.drop_last,
@@ -51,27 +53,15 @@ def run(preset: str, settings: Settings) -> Evidence:
         for arm, of_arm in curves(lines, experiment.arms).items()
     }  # [R, epochs]
     if preset == "deep10":
-        claim, values = CLAIMS[1], [found[arm]["accuracy"][:, -1] for arm in ACCURACIES]
+        claim, values = ACCURACY, [found[arm]["accuracy"][:, -1] for arm in ACCURACIES]
     else:
-        claim, values = CLAIMS[0], [found[arm]["cost"][:, k] for arm in COSTS for k in (0, -1)]
-    picture = {arm: {k: v.tolist() for k, v in of_arm.items()} for arm, of_arm in found.items()}
-    return Evidence(measured(claim.checks, values), picture, settings.incomparable())
+        claim, values = COST, [found[arm]["cost"][:, k] for arm in COSTS for k in (0, -1)]
+    return collect(claim.checks, values, found, settings.incomparable())
 
 
-def draw_costs(evidence: Evidence) -> Figure:
-    """The printed training costs within the prediction intervals."""
-    return _draw(evidence, "cost", "Training cost", COSTS)
-
-
-def draw_accuracies(evidence: Evidence) -> Figure:
-    """The printed test accuracies within the prediction intervals."""
-    printed = {arm: (*[np.nan] * 8, figure) for arm, figure in ACCURACIES.items()}
-    return _draw(evidence, "accuracy", "Test accuracy in percent", printed)
-
-
-def _draw(
-    evidence: Evidence, what: str, title: str, printed: Mapping[str, Sequence[float]]
-) -> Figure:
+def draw(what: str, evidence: Evidence) -> Figure:
+    """The printed figures within the prediction intervals."""
+    title, printed = SHOWN[what]
     figure, row = figures.panels([f"{title}, {label}" for label in LABELS.values()])
     for axes, (arm, found) in zip(row, evidence.picture.items(), strict=True):
         values = np.transpose(found[what])  # [epochs, R]
@@ -80,48 +70,44 @@ def _draw(
         color = STYLES[arm]["color"]
         axes.fill_between(epochs, *bounds.T, color=color, alpha=0.25, label="95 % prediction")
         axes.plot(epochs, values.mean(axis=1), color=color, label="mean")
-        axes.plot(epochs, printed[arm], "kx", label="printed")
-        axes.set_xlabel("epoch")
+        axes.plot(epochs[-len(printed[arm]) :], printed[arm], "kx", label="printed")
+        axes.set(xlabel="epoch", yscale="log" if what == "cost" else "linear")
         axes.legend(frameon=False)
-        if what == "cost":
-            axes.set_yscale("log")
     return figure
 
 
-CLAIMS = (
-    Claim(
-        id="boostcourse-costs",
-        statement="The training costs that the boostcourse notebook prints are what its networks "
-        "cost.",
-        source=NOTEBOOKS["boostcourse"].source,
-        setup="784-32-32-512, Adam 1e-3, batches of 100, 15 epochs: the preset boostcourse.",
-        criterion="The costs of the first and the last epoch lie within the 95 % prediction "
-        "interval of the replicates, mean ± t sd sqrt(1 + 1 / n). The figure shows all thirty.",
-        checks=tuple(
-            predicted(f"training cost, {epoch} epoch, {LABELS[arm]}", costs[k])
-            for arm, costs in COSTS.items()
-            for epoch, k in (("first", 0), ("last", -1))
-        ),
-        seconds=(30, 140),
-        run=partial(run, "boostcourse"),
-        draw=draw_costs,
-        remark="Each figure has its own interval: by chance alone, about one run in six misses "
-        "one of four.",
+COST = Claim(
+    id="boostcourse-costs",
+    statement="The training costs that the boostcourse notebook prints are what its networks cost.",
+    source=NOTEBOOKS["boostcourse"].source,
+    setup="784-32-32-512, Adam 1e-3, batches of 100, 15 epochs: the preset boostcourse.",
+    criterion="The costs of the first and the last epoch lie within the 95 % prediction "
+    "interval of the replicates, mean ± t sd sqrt(1 + 1 / n). The figure shows all thirty.",
+    checks=tuple(
+        predicted(f"training cost, {epoch} epoch, {LABELS[arm]}", costs[k])
+        for arm, costs in COSTS.items()
+        for epoch, k in (("first", 0), ("last", -1))
     ),
-    Claim(
-        id="deep10-accuracy",
-        statement="The test accuracies that the post on ten hidden layers prints are what its "
-        "networks reach.",
-        source=NOTEBOOKS["deep10"].source,
-        setup="Ten hidden layers of 64, Adam 1e-3, batches of 64, 9 epochs: the preset deep10.",
-        criterion="They lie within the 95 % prediction interval of the replicates, mean ± "
-        "t sd sqrt(1 + 1 / n).",
-        checks=tuple(
-            predicted(f"test accuracy in %, {LABELS[arm]}", figure)
-            for arm, figure in ACCURACIES.items()
-        ),
-        seconds=(45, 190),
-        run=partial(run, "deep10"),
-        draw=draw_accuracies,
+    seconds=(30, 140),
+    run=partial(run, "boostcourse"),
+    draw=partial(draw, "cost"),
+    remark="Each figure has its own interval: by chance alone, about one run in six misses "
+    "one of four.",
+)
+
+ACCURACY = Claim(
+    id="deep10-accuracy",
+    statement="The test accuracies that the post on ten hidden layers prints are what its "
+    "networks reach.",
+    source=NOTEBOOKS["deep10"].source,
+    setup="Ten hidden layers of 64, Adam 1e-3, batches of 64, 9 epochs: the preset deep10.",
+    criterion="They lie within the 95 % prediction interval of the replicates, mean ± "
+    "t sd sqrt(1 + 1 / n).",
+    checks=tuple(
+        predicted(f"test accuracy in %, {LABELS[arm]}", figure)
+        for arm, (figure,) in ACCURACIES.items()
     ),
+    seconds=(45, 190),
+    run=partial(run, "deep10"),
+    draw=partial(draw, "accuracy"),
 )

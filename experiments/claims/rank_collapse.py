@@ -1,42 +1,38 @@
 """Batch normalization keeps the features of deep random networks from collapsing."""
 
 import jax
+import numpy as np
 from matplotlib.figure import Figure
 
-from bnjax import diagnostics, initializers, models, paired
+from bnjax import diagnostics, initializers, models
 from bnjax.training import to_float
-from experiments.claims import STYLES, Check, Claim, Evidence, Settings, measured
-from experiments.lab.grids import take
+from experiments.claims import Check, Claim, Evidence, Settings, collect, draw_arms
 from experiments.report import figures
 
 DEPTH, WIDTH, BATCH = 30, 128, 128
-NORMS = {"bn": "batch", "no_bn": None}
 
 
 def run(settings: Settings) -> Evidence:
     """Effective rank and cosine similarity by layer."""
-    keys = paired.replicate_keys(settings.seed, settings.count(5, 10))
-    batch = take(settings.train, BATCH)
+    keys = settings.keys(5, 10)
+    batch, _ = settings.data(BATCH)
 
-    def measure(name: str) -> dict[str, list[list[float]]]:
-        model = models.MLP((WIDTH,) * DEPTH, 10, NORMS[name], kernel_init=initializers.he_normal)
+    def measure(norm: str | None) -> dict[str, np.ndarray]:
+        model = models.MLP((WIDTH,) * DEPTH, 10, norm, kernel_init=initializers.he_normal)
 
         @jax.jit
         def probe(key: jax.Array) -> dict[str, jax.Array]:
             variables = model.init(key, to_float(batch.images), train=True)
-            looks = (diagnostics.effective_rank, diagnostics.cosine_similarity)
-            found = [look(model, variables, batch, train=True) for look in looks]
-            return found[0] | found[1]
+            rank = diagnostics.effective_rank(model, variables, batch, train=True)
+            return rank | diagnostics.cosine_similarity(model, variables, batch, train=True)
 
         found = [probe(key) for key in keys]
-        return {what: [one[what].tolist() for one in found] for what in found[0]}
+        return {what: np.array([one[what] for one in found]) for what in found[0]}  # [R, layers]
 
-    by_arm = {name: measure(name) for name in NORMS}
-    ranks = {name: [layers[-1] for layers in by_arm[name]["effective_rank"]] for name in by_arm}
-    ratio = [bn / max(no_bn, 1) for bn, no_bn in zip(ranks["bn"], ranks["no_bn"], strict=True)]
-    cosines = [layers[-1] for layers in by_arm["no_bn"]["cosine_similarity"]]
-    values = (ratio, ranks["bn"], ranks["no_bn"], cosines)
-    return Evidence(measured(CLAIM.checks, values), by_arm)
+    by_arm = {"bn": measure("batch"), "no_bn": measure(None)}
+    bn, no_bn = (found["effective_rank"][:, -1] for found in by_arm.values())
+    cosines = by_arm["no_bn"]["cosine_similarity"][:, -1]
+    return collect(CLAIM.checks, (bn / np.maximum(no_bn, 1), bn, no_bn, cosines), by_arm)
 
 
 def draw(evidence: Evidence) -> Figure:
@@ -44,11 +40,9 @@ def draw(evidence: Evidence) -> Figure:
     titles = {"effective_rank": "Effective rank", "cosine_similarity": "Cosine of two images"}
     figure, row = figures.panels(list(titles.values()))
     for axes, what in zip(row, titles, strict=True):
-        for name, probes in evidence.picture.items():
-            figures.draw_band(axes, STYLES[name], range(1, DEPTH + 1), probes[what])
-        axes.set_xlabel("layer, from the input on")
-        axes.set_ylim(bottom=0)
-        axes.legend(frameon=False)
+        by_arm = {arm: probes[what] for arm, probes in evidence.picture.items()}
+        layers = range(1, DEPTH + 1)
+        draw_arms(axes, layers, by_arm, xlabel="layer, from the input on", ylim=(0, None))
     row[0].set_ylabel(f"singular values above 1 % of the largest, of {BATCH}")
     row[1].set_ylabel("mean over all pairs")
     return figure

@@ -8,11 +8,9 @@ import numpy as np
 from jax import Array
 from matplotlib.figure import Figure
 
-from bnjax import paired
 from bnjax.functional import BatchStats, batch_norm_train
 from bnjax.training import cross_entropy
-from experiments.claims import STYLES, Check, Claim, Evidence, Settings, measured
-from experiments.lab.grids import take
+from experiments.claims import STYLES, Check, Claim, Evidence, Settings, collect
 from experiments.report import figures
 
 SCALES = (0.01, 0.1, 10.0, 100.0)
@@ -23,13 +21,13 @@ IDENTITIES = ("output", "gradient in u", "gradient in W", "W and its gradient", 
 
 def run(settings: Settings) -> Evidence:
     """The relative error of each identity in float64, the largest over the scales."""
-    keys = paired.replicate_keys(settings.seed, settings.count(5, 20))
-    batch = take(settings.train, BATCH)
+    keys = settings.keys(5, 20)
+    batch, _ = settings.data(BATCH)
     with jax.enable_x64(True):
         u, labels = jnp.asarray(batch.images.reshape(BATCH, -1) / 255), jnp.asarray(batch.labels)
         errors = jax.jit(jax.vmap(lambda key: _errors(key, u, labels)))(keys)  # [R] each
-        by_identity = {name: np.asarray(errors[name]).tolist() for name in IDENTITIES}
-    return Evidence(measured(CLAIM.checks, by_identity.values()), by_identity)
+    by_identity = {name: errors[name] for name in IDENTITIES}
+    return collect(CLAIM.checks, by_identity.values(), by_identity)
 
 
 def _normalize(x: Array) -> Array:

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from bnjax import diagnostics, paired
+from bnjax import diagnostics
 from bnjax.training import Batch, TrainState
-from experiments.claims import STYLES, Check, Claim, Evidence, Settings, measured
+from experiments.claims import STYLES, Check, Claim, Evidence, Settings, collect
 from experiments.lab.arms import make_arms
-from experiments.lab.grids import accuracy_of, predict, take, train, unstack
+from experiments.lab.grids import accuracy_of, head, predict, train, unstack
 from experiments.lab.presets import LAB10
 from experiments.report import figures
 
@@ -22,29 +22,21 @@ EPOCHS = 10
 
 def run(settings: Settings) -> Evidence:
     """Predictions of single test images in training and in evaluation mode."""
-    keys = paired.replicate_keys(settings.seed, settings.count(3, 10))
-    arm = make_arms(PRESET)[0]
-
-    *_, last = train(
-        [arm],
-        keys,
-        settings.train,
-        settings.test,
-        epochs=settings.either(1, EPOCHS),
-        batch_size=PRESET.batch_size,
-    )
-    found = [_look(arm.module, state, settings.test) for state in unstack(last.states["bn"])]
+    keys = settings.keys(3, 10)
+    arm, data, epochs = make_arms(PRESET)[0], settings.data(), settings.either(1, EPOCHS)
+    *_, last = train([arm], keys, *data, epochs=epochs, batch_size=PRESET.batch_size)
+    found = [_look(arm.module, state, data[1]) for state in unstack(last.states["bn"])]
     names = ("commonest", "refused", "accuracy", "twice", "changed")
     values = [[one[name] for one in found] for name in names]
     picture = {"votes": found[0]["votes"]}
-    return Evidence(measured(CLAIM.checks, values), picture, settings.incomparable())
+    return collect(CLAIM.checks, values, picture, settings.incomparable())
 
 
 def _look(model: nn.Module, state: TrainState, test: Batch) -> dict[str, Any]:
     images = jnp.asarray(test.images)
     twice = predict(state, images.repeat(2, axis=0), 2, train=True)[::2]
     alone = predict(state, images, 1, train=False)
-    hundred = diagnostics.train_eval_discrepancy(model, state.variables, take(test, 100))
+    hundred = diagnostics.train_eval_discrepancy(model, state.variables, head(test, 100))
     votes = [np.bincount(classes, minlength=10) for classes in (twice, alone)]
     return {
         "commonest": 100 * float(votes[0].max() / votes[0].sum()),
@@ -52,7 +44,7 @@ def _look(model: nn.Module, state: TrainState, test: Batch) -> dict[str, Any]:
         "accuracy": 100 * accuracy_of(alone, test.labels),
         "twice": 100 * accuracy_of(twice, test.labels),
         "changed": 100 * float(hundred["changed"]),
-        "votes": [counts.tolist() for counts in votes],
+        "votes": votes,
     }
 
 
@@ -69,9 +61,7 @@ def draw(evidence: Evidence) -> Figure:
     figure, row = figures.panels(["Batch statistics, fed twice", "Population statistics"])
     for axes, votes in zip(row, evidence.picture["votes"], strict=True):
         axes.bar(range(10), votes, color=STYLES["bn"]["color"])
-        axes.set_xticks(range(10))
-        axes.set_xlabel("predicted class")
-        axes.set_ylabel("test images")
+        axes.set(xticks=range(10), xlabel="predicted class", ylabel="test images")
     return figure
 
 

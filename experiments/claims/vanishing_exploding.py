@@ -3,6 +3,7 @@
 import math
 from functools import partial
 from itertools import product
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,25 +12,16 @@ from matplotlib.figure import Figure
 
 from bnjax import diagnostics, models, paired
 from bnjax.training import Batch
-from experiments.claims import LABELS, STYLES, Check, Claim, Evidence, Settings, measured
-from experiments.lab.grids import (
-    ACTIVATION_NAMES,
-    Cell,
-    accuracy,
-    by_cell,
-    epochs_of,
-    he_std,
-    networks,
-    take,
-    train_grid,
-)
+from experiments.claims import LABELS, STYLES, Check, Claim, Evidence, Settings, collect
+from experiments.lab import grids
+from experiments.lab.grids import ACTIVATION_NAMES, GridPoint, by_point
 from experiments.report import figures
 
 DEPTH, WIDTH = 10, 64
 INITS = {
     "small": lambda *_: 0.01,
     "Xavier": lambda fan_in, fan_out: math.sqrt(2 / (fan_in + fan_out)),
-    "He": he_std,
+    "He": grids.he_std,
 }
 RATES = (0.01, 0.1, 1.0)
 GRID = list(product(INITS, RATES))
@@ -44,33 +36,28 @@ LAYERS = [f"Dense_{k}" for k in range(DEPTH + 1)]
 
 def run(settings: Settings) -> Evidence:
     """Gradient norms of every combination before and after training, and test accuracy."""
-    keys = paired.replicate_keys(settings.seed, settings.count(3, 5))
-    train = take(settings.train, settings.either(20_000, 60_000))
-    probed = take(settings.train, 500)
+    keys = settings.keys(3, 5)
+    data = settings.data(settings.either(20_000, 60_000))
+    epochs = grids.epochs_of(settings.either(200, 600), 100, data[0])
+    points = [GridPoint(rate, INITS[init]) for init, rate in GRID]
 
-    def measure(activation: str) -> dict[str, dict[str, list]]:
-        fields = {"hidden_sizes": (WIDTH,) * DEPTH, "activation": models.activation(activation)}
-        cells = [Cell(rate, INITS[init]) for init, rate in GRID]
-        found: dict[str, dict[str, list]] = {arm: {} for arm in networks()}
+    def measure(activation: str) -> dict[str, dict[str, np.ndarray]]:
+        fields: dict[str, Any] = {"hidden_sizes": (WIDTH,) * DEPTH}
+        fields["activation"] = models.activation(activation)
+        found: dict[str, dict[str, np.ndarray]] = {arm: {} for arm in LABELS}
 
         def look(when: str, states: paired.States) -> None:
-            for arm, module in networks(**fields).items():
-                norms = np.log(_gradient_norms(module, states[arm].variables, probed))
-                found[arm][when] = np.exp(by_cell(norms, cells).mean(axis=1)).tolist()
+            for arm, module in grids.networks(**fields).items():
+                norms = _gradient_norms(module, states[arm].variables, grids.head(data[0], 500))
+                found[arm][when] = np.exp(by_point(np.log(norms), points).mean(axis=1))
 
-        *_, last = train_grid(
-            cells,
-            keys,
-            train,
-            settings.test,
-            epochs=epochs_of(settings.either(200, 600), 100, train),
-            batch_size=100,
-            at_start=partial(look, "before"),
-            **fields,
+        before = partial(look, "before")
+        *_, last = grids.train_grid(
+            points, keys, *data, epochs=epochs, batch_size=100, at_start=before, **fields
         )
         look("after", last.states)
-        for arm, values in accuracy(last).items():
-            found[arm]["accuracy"] = by_cell(values, cells).tolist()
+        for arm, values in grids.accuracy(last).items():
+            found[arm]["accuracy"] = by_point(values, points)
         return found
 
     by_activation = {name: measure(name) for name in ACTIVATION_NAMES}
@@ -78,7 +65,7 @@ def run(settings: Settings) -> Evidence:
         by_activation[activation][arm]["accuracy"][GRID.index((init, rate))]
         for activation, init, rate, arm in SETTINGS
     ]
-    return Evidence(measured(CLAIM.checks, values), by_activation)
+    return collect(CLAIM.checks, values, by_activation)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -113,7 +100,7 @@ def draw(evidence: Evidence) -> Figure:
             label = f"{ACTIVATION_NAMES[name]}, {init}, {LABELS[arm]}"
             color = STYLES[arm]["color"]
             axes.semilogy(range(1, DEPTH + 2), norms, style, color=color, label=label)
-        axes.set_xlabel("layer, from the input on; learning rate 0.1")
+        axes.set(xlabel="layer, from the input on; learning rate 0.1")
         axes.sharey(row[2])
     row[2].legend(frameon=False, fontsize=7)
     return figure
@@ -137,8 +124,8 @@ SETTINGS = {  # activation, initial weights, learning rate, arm: what is said of
 
 def _check(setting: tuple[str, str, float, str], said: str) -> Check:
     name, init, rate, arm = setting
-    with_bn = LABELS[arm]
-    quantity = f"test accuracy in %, {ACTIVATION_NAMES[name]}, {init}, rate {rate:g}, {with_bn}"
+    title = f"{ACTIVATION_NAMES[name]}, {init}, rate {rate:g}"
+    quantity = f"test accuracy in %, {title}, {LABELS[arm]}"
     return Check(quantity, said, high=25.0) if said == BROKEN else Check(quantity, said, low=50.0)
 
 

@@ -10,10 +10,9 @@ import optax
 from bnjax import paired
 from bnjax.data import Dataset
 from bnjax.paired import Arm, States
-from bnjax.statistics import summarize
 from bnjax.training import Batch
 from experiments.lab import arms, grids, metrics
-from experiments.lab.console import SHOWN, format_summary
+from experiments.lab.console import format_summary
 from experiments.lab.presets import Experiment
 
 METRIC = "test_accuracy"
@@ -48,49 +47,49 @@ def train(group: Sequence[Experiment], dataset: Dataset) -> list[SweepCell]:
         change=change,
     )
     lines = [line for epoch in epochs for line in metrics.lines_of(epoch, first.arms)]
-    curves = metrics.curves(lines, first.arms)
     final = {
-        arm: {name: curves[arm][name][-1].reshape(len(group), count) for name in SHOWN}
-        for arm in first.arms
+        arm: {name: values[-1].reshape(len(group), count) for name, values in of_arm.items()}
+        for arm, of_arm in metrics.curves(lines, first.arms).items()
     }
     return [
         SweepCell(
             one.activation,
             one.batch_size,
             one.learning_rate,
-            {arm: {name: final[arm][name][k].tolist() for name in SHOWN} for arm in first.arms},
+            {arm: {m: v[k].tolist() for m, v in of_arm.items()} for arm, of_arm in final.items()},
         )
         for k, one in enumerate(group)
     ]
 
 
 class CellResult(NamedTuple):
-    """What a cell says of test accuracy.
+    """What a cell says.
 
     Attributes:
-        finals: of each arm its summary over the replicates in which it is finite.
-        differences: of each arm but the reference minus the reference, where both are finite.
-        told: each difference in words, or who diverged.
-        best: the arms of the highest mean; none where all diverged, several where they tie.
+        summary: as `summary.json` of a run.
+        told: of each arm but the reference its difference in test accuracy, or who diverged.
+        best: the arms of the highest test accuracy, by the mean over the replicates in which it
+            is finite; none where all diverged, several where they tie.
     """
 
-    finals: dict[str, dict[str, Any]]
-    differences: dict[str, dict[str, Any]]
+    summary: dict[str, Any]
     told: dict[str, str]
     best: list[str]
 
 
 def summarize_cell(cell: SweepCell, reference: str, labels: Mapping[str, str]) -> CellResult:
     """What each arm is worth in a cell, against the reference."""
-    values = {arm: {METRIC: np.array(of_arm[METRIC])} for arm, of_arm in cell.values.items()}
-    finals = {arm: summarize(of_arm[METRIC])._asdict() for arm, of_arm in values.items()}
-    differences, told = {}, {}
-    for arm in (arm for arm in finals if arm != reference):
-        found = metrics.difference(METRIC, values[arm], values[reference])
-        differences[arm], told[arm] = found, format_summary(METRIC, found, difference=True)
-        if not found["n"]:
-            lost = [labels[name] for name in (arm, reference) if not finals[name]["n"]]
-            told[arm] = f"{lost[0] if len(lost) == 1 else 'both'} diverged"
-    means = {arm: one["mean"] for arm, one in finals.items() if one["n"]}
-    best = [arm for arm, mean in means.items() if mean == max(means.values())]
-    return CellResult(finals, differences, told, best)
+    last = {
+        arm: {metric: np.array([values]) for metric, values in of_arm.items()}
+        for arm, of_arm in cell.values.items()
+    }
+    summary = metrics.summarize(last, reference)
+    means = {arm: of_arm[METRIC]["mean"] for arm, of_arm in summary["arms"].items()}
+    told = {}
+    for arm, difference in summary["differences"].items():
+        lost = [labels[one] for one in (arm, reference) if means[one] is None]
+        told[arm] = f"{lost[0] if len(lost) == 1 else 'both'} diverged"
+        if difference[METRIC]["n"]:
+            told[arm] = format_summary(METRIC, difference[METRIC], difference=True)
+    highest = max((mean for mean in means.values() if mean is not None), default=np.nan)
+    return CellResult(summary, told, [arm for arm, mean in means.items() if mean == highest])

@@ -62,30 +62,28 @@ def optional(console: Console, what: str, then: str) -> Iterator[None]:
 
 
 def run(
-    command: Callable[[Callable[[], None]], int], how_to_go_on: Callable[[], Sequence[str]]
+    command: Callable[[Callable[[], None]], int], resume_command: Callable[[], Sequence[str]] = list
 ) -> int:
     """Runs a command and returns its exit status.
 
     Args:
         command: given what raises if the command is to stop, and is to be called now and then.
-        how_to_go_on: the words that start it again where it stopped, none where it cannot go on.
+        resume_command: the words that start it again where it stopped, none where it cannot go on.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ± is no reason to fail
     try:
-        with _stopping() as check:
-            return command(check)
-    except UserError as error:
-        return _tell(f"error: {error}", 2, by_first=True)
-    except CheckpointError as error:
-        return _tell(f"error: {error}", 2)
+        with _stopping() as raise_if_stopped:
+            return command(raise_if_stopped)
+    except (UserError, CheckpointError) as error:
+        return _tell(f"error: {error}", 2, by_first=isinstance(error, UserError))
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        return _tell(f"error: {place}{error.strerror or error}", 2, how_to_go_on())
+        return _tell(f"error: {place}{error.strerror or error}", 2, resume_command())
     except Exception as error:
         if processes.is_lost(error):
-            return _tell("error: another process is lost", 1, how_to_go_on())
+            return _tell("error: another process is lost", 1, resume_command())
         if _is_out_of_memory(error):
             hint = "choose smaller networks, a smaller batch or fewer replicates"
             return _tell(f"error: out of memory: {hint}", 2)
@@ -95,7 +93,7 @@ def run(
         return 1
     except (KeyboardInterrupt, Terminated) as stop:
         status = 130 if isinstance(stop, KeyboardInterrupt) else 143
-        return _tell("stopped", status, how_to_go_on(), by_first=True)
+        return _tell("stopped", status, resume_command(), by_first=True)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -140,7 +138,7 @@ def _stopping() -> Iterator[Callable[[], None]]:
     """
     arrived: list[BaseException] = []
 
-    def check() -> None:
+    def raise_if_stopped() -> None:
         if arrived:
             raise arrived[0]
 
@@ -148,16 +146,13 @@ def _stopping() -> Iterator[Callable[[], None]]:
         for each in previous:
             signal.signal(each, signal.SIG_IGN)
         arrived.append(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
-        check()
-
-    def drop(dropped: "sys.UnraisableHookArgs") -> None:
-        if dropped.exc_value not in arrived:
-            sys.__unraisablehook__(dropped)
+        raise_if_stopped()
 
     previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
-    sys.unraisablehook, hook = drop, sys.unraisablehook
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda dropped: dropped.exc_value in arrived or hook(dropped)
     try:
-        yield check
+        yield raise_if_stopped
     finally:
         sys.unraisablehook = hook
         for number, handler in previous.items():

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ UNIT_NORMAL = initializers.normal(1.0)
 SGD = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)
 
 
-class Cell(NamedTuple):
+class GridPoint(NamedTuple):
     """One setting of a grid.
 
     Attributes:
@@ -35,7 +35,7 @@ class Cell(NamedTuple):
 
 
 def he_std(fan_in: int, fan_out: int) -> float:
-    """Of `bnjax.initializers.he_normal`, for a `Cell`."""
+    """Of `bnjax.initializers.he_normal`, for a `GridPoint`."""
     return math.sqrt(2 / fan_in)
 
 
@@ -74,7 +74,7 @@ def train(
 
 
 def train_grid(
-    cells: Sequence[Cell],
+    points: Sequence[GridPoint],
     keys: Array,
     examples: Batch,
     test: Batch,
@@ -84,48 +84,42 @@ def train_grid(
     at_start: Callable[[States], None] = lambda states: None,
     **fields: object,
 ) -> Iterator[Epoch]:
-    """An MLP with batch normalization and its twin without, trained by SGD in every cell.
+    """An MLP with batch normalization and its twin without, trained by SGD at every point.
 
-    All cells share the keys: they differ in their numbers alone. Initial biases are 0.
+    All points share the keys: they differ in their numbers alone. Initial biases are 0.
 
     Args:
-        cells: C settings.
+        points: C settings.
         keys: `[R]`.
         examples, test, epochs, batch_size: as in `train`.
         at_start: sees the initial states, which the first epoch is given for its own.
         fields: of the `MLP`.
 
     Yields:
-        Epochs whose leading axis, of length C R, `by_cell` unfolds.
+        Epochs whose leading axis, of length C R, `by_point` unfolds.
     """
-    drawn = networks(kernel_init=UNIT_NORMAL, **fields)
-    arms = [Arm(name, module, SGD) for name, module in drawn.items()]
+    twins = networks(kernel_init=UNIT_NORMAL, **fields)
+    arms = [Arm(name, module, SGD) for name, module in twins.items()]
 
     def change(states: States) -> States:
-        changed = {name: _change(state, cells, len(keys)) for name, state in states.items()}
+        changed = {name: _scale(state, points, len(keys)) for name, state in states.items()}
         at_start(changed)
         return changed
 
-    return train(
-        arms,
-        jnp.tile(keys, len(cells)),
-        examples,
-        test,
-        epochs=epochs,
-        batch_size=batch_size,
-        change=change,
-    )
+    keys_of_all = jnp.tile(keys, len(points))
+    sizes: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size}
+    return train(arms, keys_of_all, examples, test, change=change, **sizes)
 
 
-def _change(state: TrainState, cells: Sequence[Cell], replicates: int) -> TrainState:
+def _scale(state: TrainState, points: Sequence[GridPoint], replicates: int) -> TrainState:
     params = flatten_dict(state.params)
     for path, value in params.items():
         if path[-1] == "kernel":
-            stds = np.repeat([cell.std(*value.shape[1:]) for cell in cells], replicates)
+            stds = np.repeat([point.std(*value.shape[1:]) for point in points], replicates)
             params[path] = value * stds.astype(value.dtype)[:, None, None]
         elif path[-2].startswith("Dense"):
             params[path] = jnp.zeros_like(value)
-    rates = np.repeat(np.array([c.learning_rate for c in cells], np.float32), replicates)
+    rates = np.repeat(np.array([point.learning_rate for point in points], np.float32), replicates)
     return with_rates(state.replace(params=unflatten_dict(params)), rates)
 
 
@@ -139,9 +133,9 @@ def with_rates(state: TrainState, rates: np.ndarray) -> TrainState:
     return state.replace(opt_state=opt_state)
 
 
-def by_cell(values: np.ndarray, cells: Sequence[Cell]) -> np.ndarray:
+def by_point(values: np.ndarray, points: Sequence[GridPoint]) -> np.ndarray:
     """`[C R, ...]` as `[C, R, ...]`."""
-    return values.reshape(len(cells), -1, *values.shape[1:])
+    return values.reshape(len(points), -1, *values.shape[1:])
 
 
 def accuracy(epoch: Epoch) -> dict[str, np.ndarray]:
@@ -170,7 +164,7 @@ def unstack(state: TrainState) -> list[TrainState]:
     return [jax.tree.map(lambda a, k=k: a[k], state) for k in range(np.size(state.step))]
 
 
-def take(batch: Batch, count: int) -> Batch:
+def head(batch: Batch, count: int) -> Batch:
     """The first examples of a set."""
     return Batch(batch.images[:count], batch.labels[:count])
 
