@@ -1,18 +1,9 @@
-import gzip
 import json
-import struct
 
-import numpy as np
 import pytest
+from factories import noise, write_idx
 
 from experiments import train_eval_mode
-
-
-def write_idx(path, array):
-    header = struct.pack(">BBBB", 0, 0, 8, array.ndim) + struct.pack(
-        f">{array.ndim}I", *array.shape
-    )
-    path.write_bytes(gzip.compress(header + array.tobytes()))
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +58,9 @@ def test_the_same_seed_teaches_the_same_lesson(lesson, tmp_path):
 
 
 def test_a_handful_of_images_is_enough(tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 30), ("t10k", 7)):
-        images = rng.integers(0, 256, (count, 28, 28), np.uint8)
-        write_idx(tmp_path / f"{part}-images-idx3-ubyte.gz", images)
-        write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", rng.integers(0, 10, count, np.uint8))
+    write_idx(tmp_path / "data", *noise(30, 7))
     out = tmp_path / "out"
-    arguments = ["--dataset", "mnist", "--data-dir", str(tmp_path), "--out", str(out)]
+    arguments = ["--dataset", "mnist", "--data-dir", str(tmp_path / "data"), "--out", str(out)]
     assert train_eval_mode.main(arguments) == 0
     assert "7 test images of mnist" in capsys.readouterr().out
 
