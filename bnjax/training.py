@@ -104,7 +104,7 @@ def to_float(images: AnyArray) -> AnyArray:
         ValueError: if they are anything else: other integers do not say what they are out of.
 
     Example:
-        >>> print(to_float(np.array([0, 255], np.uint8)))
+        >>> print(to_float(jnp.array([0, 255], jnp.uint8)))
         [0. 1.]
     """
     dtype = images.dtype if isinstance(images, AnyArray) else None

@@ -42,6 +42,14 @@ def x64():
 
 
 @pytest.fixture
+def public_path():
+    """A directory that other users may enter, unlike `tmp_path`."""
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        yield Path(directory)
+
+
+@pytest.fixture
 def mnist_directory() -> Path:
     """The real MNIST, where it lies beside the project."""
     if not SHARED_MNIST.is_dir():

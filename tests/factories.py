@@ -1,7 +1,10 @@
 """Runs that nobody ran and data that nobody took: what their files hold is made up."""
 
+import contextlib
 import dataclasses
+import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import flax.linen as nn
@@ -133,11 +136,19 @@ def idx(array: np.ndarray) -> bytes:
     return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
 
 
-def write_idx(path: Path, *arrays: np.ndarray) -> None:
-    """The four files of a dataset: images and labels to train on, and to test on."""
-    path.mkdir()
+def noise(train: int, test: int, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """A dataset of bytes: images and labels to train on, and to test on."""
+    rng = np.random.default_rng(seed)
+    shapes = (train, 28, 28), (train,), (test, 28, 28), (test,)
+    return tuple(rng.integers(0, 256 if shape[1:] else 10, shape, np.uint8) for shape in shapes)
+
+
+def write_idx(path: Path, *arrays: np.ndarray) -> Path:
+    """The four files of a dataset."""
+    path.mkdir(parents=True)
     for name, array in zip(FILES, arrays, strict=True):
         (path / name).write_bytes(idx(array.astype(np.uint8)))
+    return path
 
 
 class Block(nn.Module):
@@ -161,3 +172,17 @@ class Nested(nn.Module):
             x = Block(train)(x)
         x = nn.max_pool(x, (2, 2), (2, 2), padding="SAME")
         return nn.Dense(10)(x.reshape(len(x), -1))
+
+
+@contextlib.contextmanager
+def locked(path: Path, mode: int = 0) -> Iterator[None]:
+    """Takes permissions from `path`, and root's privileges from this process."""
+    before, user = path.stat().st_mode, os.geteuid()
+    path.chmod(mode)
+    if user == 0:
+        os.seteuid(65534)  # nobody
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        path.chmod(before)

@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ import numpy as np
 import optax
 import pytest
 from command import Result, call, lines_of
+from factories import noise, write_idx
 
 from bnjax import data, paired
 from bnjax.data import download
@@ -119,20 +119,6 @@ def three(cache_home, tmp_path_factory) -> Job:
     """Three replicates of what `finished` has one of."""
     path = tmp_path_factory.mktemp("three") / "run"
     return Job(path, call(*SMALL, *DIGITS, "--epochs", 2, "--replicates", 3, "--out", path))
-
-
-def write_idx(directory: Path, seed: int = 0) -> Path:
-    """A dataset of one's own: 40 training images and 12 test images of noise."""
-    rng = np.random.default_rng(seed)
-    directory.mkdir(parents=True)
-    for split, count in (("train", 40), ("t10k", 12)):
-        images = rng.integers(0, 256, (count, 28, 28), np.uint8)
-        labels = np.arange(count, dtype=np.uint8) % 10
-        header = struct.pack(">IIII", 0x803, count, 28, 28)
-        (directory / f"{split}-images-idx3-ubyte").write_bytes(header + images.tobytes())
-        header = struct.pack(">II", 0x801, count)
-        (directory / f"{split}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
-    return directory
 
 
 class TestRunDirectory:
@@ -386,7 +372,7 @@ class TestArms:
 def own(cache_home, tmp_path_factory) -> Job:
     """A run on data of one's own, named by a path relative to the working directory."""
     home = tmp_path_factory.mktemp("own")
-    write_idx(home / "images")
+    write_idx(home / "images", *noise(40, 12))
     with contextlib.chdir(home):
         arguments = "--dataset", "mnist", "--data-dir", "images", "--batch-size", 20
         return Job(home / "run", call(*SMALL, *arguments, "--epochs", 1, "--out", home / "run"))
@@ -435,7 +421,7 @@ class TestData:
 
     def test_resuming_refuses_changed_data(self, own, tmp_path):
         path = copy(own, tmp_path / "run")
-        changed = write_idx(tmp_path / "images", seed=1)
+        changed = write_idx(tmp_path / "images", *noise(40, 12, seed=1))
         before = contents(path)
         result = call("--resume", path, "--epochs", 2, "--data-dir", changed)
         assert result.status == 2

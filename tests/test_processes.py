@@ -10,9 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from command import Result, assert_same_numbers, call, lines_of
+from factories import noise, write_idx
 
 from bnjax.checkpoint import file_of
 from bnjax.parallel import processes
@@ -243,9 +243,9 @@ def test_a_process_with_other_settings_is_refused_by_name(start, tmp_path, own, 
 
 @pytest.mark.parametrize("exists", [True, False], ids=["other", "none"])
 def test_a_process_with_other_data_is_refused_by_name(start, tmp_path, exists):
-    write_idx(tmp_path / "data")
+    write_idx(tmp_path / "data", *noise(300, 100))
     if exists:
-        write_idx(tmp_path / "other", seed=1)
+        write_idx(tmp_path / "other", *noise(300, 100, seed=1))
     own = {k: ("--data-dir", tmp_path / name) for k, name in ((0, "data"), (1, "other"))}
     words = "--dataset", "kmnist", *SHARED, "--out", tmp_path / "run"
     first, other = end(start(2, *words, own=own))
@@ -284,18 +284,6 @@ def test_an_address_without_a_port_is_refused(address):
         processes.start(address, 2, 0)
 
 
-def write_idx(directory: Path, seed: int = 0) -> None:
-    """A dataset of noise in the four files."""
-    directory.mkdir()
-    rng = np.random.default_rng(seed)
-    for split, count in (("train", 300), ("t10k", 100)):
-        images = rng.integers(0, 256, (count, 28, 28)).astype(np.uint8)
-        labels = (np.arange(count) % 10).astype(np.uint8)
-        for kind, values in (("images-idx3", images), ("labels-idx1", labels)):
-            header = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
-            (directory / f"{split}-{kind}-ubyte").write_bytes(header + values.tobytes())
-
-
 def test_a_mesh_must_have_all_devices(start, tmp_path):
     mesh = "--mesh", "replicate=3,data=1"
     first, other = end(start(2, *NETWORK, *mesh, "--out", tmp_path / "run"))
@@ -314,7 +302,7 @@ def test_the_script_of_the_readme(home, tmp_path):
         "for job in $jobs; do wait $job || exit; done\n"
     )
     (tmp_path / "srun").chmod(0o755)
-    write_idx(tmp_path / "data")
+    write_idx(tmp_path / "data", *noise(300, 100))
     surroundings = {
         **os.environ,
         "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",

@@ -2,9 +2,8 @@
 
 import json
 
-import numpy as np
 import pytest
-from factories import write_idx
+from factories import noise, write_idx
 
 from experiments import train_eval_mode
 
@@ -61,11 +60,7 @@ def test_the_same_seed_teaches_the_same_lesson(lesson, tmp_path):
 
 
 def write_images(path, train, test):
-    rng = np.random.default_rng(0)
-    images = (rng.integers(0, 256, (count, 28, 28)) for count in (train, test))
-    labels = (rng.integers(0, 10, count) for count in (train, test))
-    write_idx(path, *(array for pair in zip(images, labels, strict=True) for array in pair))
-    return ["--dataset", "mnist", "--data-dir", str(path)]
+    return ["--dataset", "mnist", "--data-dir", str(write_idx(path, *noise(train, test)))]
 
 
 def test_a_handful_of_images_is_enough(tmp_path, capsys):

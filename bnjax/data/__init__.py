@@ -18,9 +18,8 @@ import contextlib
 import difflib
 import hashlib
 import os
-import tempfile
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,8 +73,9 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
         except DataError as error:
             raise DataError(f"{error}; $BNJAX_DATA_DIR says to look there") from error
     try:
-        if dataset := _prepared(wanted, prepared.default_directory()):
-            return dataset
+        directory = prepared.default_directory()
+        if arrays := prepared.read(wanted, directory):
+            return _checked(wanted, directory, arrays)
     except DataError as error:
         warnings.warn(f"{error}; it is passed over", DataWarning, stacklevel=2)
     try:
@@ -124,8 +124,8 @@ def _from_directory(name: str, directory: Path) -> Dataset:
         raise DataError(f"{error.filename}: no permission to read this path") from error
     except (OSError, RuntimeError) as error:
         raise DataError(f"{directory}: this directory cannot be read ({error})") from error
-    if dataset := _prepared(name, directory):
-        return dataset
+    if arrays := prepared.read(name, directory):
+        return _checked(name, directory, arrays)
     raise DataError(
         f"{directory}: {name} is not here; expected {FILES[0]}[.gz] and the other three IDX files "
         f"there or in {places[1].relative_to(directory)}{_near_miss(FILES, *places)}"
@@ -137,8 +137,7 @@ def _find(file: str, place: Path, present: set[str]) -> Path | None:
     names = (file, f"{file}.gz", dotted, f"{dotted}.gz")
     paths = [place / name for name in names if name in present]
     nested = [path / path.name for path in paths]
-    files = [path for path in paths + nested if path.is_file()]
-    return next(iter(files + paths), None)
+    return next(iter([path for path in paths + nested if path.is_file()] + paths), None)
 
 
 def _near_miss(missing: Collection[str], *places: Path) -> str:
@@ -157,25 +156,20 @@ def _from_idx_files(name: str, directory: Path, paths: dict[str, Path]) -> Datas
                 f"{directory}: {file}[.gz] is missing, though other files are there"
                 f"{_near_miss([file], directory)}"
             )
-    dataset = Dataset(name, *(_read_own(name, file, paths[file]) for file in FILES))
-    _check_lengths(dataset, directory)
-    return dataset
+    return _checked(name, directory, [_read_own(name, file, paths[file]) for file in FILES])
 
 
 def _read_own(name: str, file: str, path: Path) -> np.ndarray:
     """Reads a file, unless a checksum, its own or its content's, says that it is another one."""
-    digest, source = _sha256(path), SOURCES[name]
-    _refuse_foreign(name, file, path, digest)
+    _refuse_foreign(name, file, path, _sha256(path))
     values = idx.read_images(path) if "images" in file else idx.read_labels(path)
-    if digest not in source.sha256 + source.unzipped_sha256:  # perhaps gzipped anew
-        _refuse_foreign(name, file, path, idx.sha256(values))
+    _refuse_foreign(name, file, path, idx.sha256(values))
     return values
 
 
 def _refuse_foreign(name: str, file: str, path: Path, digest: str) -> None:
     for other, source in SOURCES.items():
-        known = dict(zip(source.sha256, FILES, strict=True))
-        known |= dict(zip(source.unzipped_sha256, FILES, strict=False))
+        known = dict(zip(source.sha256 + source.unzipped_sha256, FILES * 2, strict=False))
         if digest in known and (other, known[digest]) != (name, file):
             todo = "rename it" if other == name else f"choose --dataset {other} or replace the file"
             raise DataError(
@@ -184,35 +178,23 @@ def _refuse_foreign(name: str, file: str, path: Path, digest: str) -> None:
             )
 
 
-def _check_lengths(dataset: Dataset, directory: Path) -> None:
-    for split, images, labels in (
-        ("training", dataset.train_images, dataset.train_labels),
-        ("test", dataset.test_images, dataset.test_labels),
-    ):
-        if len(images) != len(labels) or not len(images):
-            raise DataError(
-                f"{directory}: {len(images)} {split} images and {len(labels)} {split} labels, "
-                "expected as many of one as of the other, and at least one"
-            )
-
-
 def _sha256(path: Path) -> str:
     with idx.reading(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _prepared(name: str, directory: Path) -> Dataset | None:
-    splits = prepared.read(name, directory)
-    if splits is None:
-        return None
-    dataset = Dataset(name, *splits)
-    _check_lengths(dataset, directory)
-    return dataset
+def _checked(name: str, directory: Path, arrays: Sequence[np.ndarray]) -> Dataset:
+    for split, images, labels in (("training", *arrays[:2]), ("test", *arrays[2:])):
+        if len(images) != len(labels) or not len(images):
+            raise DataError(
+                f"{directory}: {len(images)} {split} images and {len(labels)} {split} labels, "
+                "expected as many of one as of the other, and at least one"
+            )
+    return Dataset(name, *arrays)
 
 
 def _downloaded(name: str) -> Dataset:
     source, cache = SOURCES[name], cache_directory()
-    files = [f"{file}.gz" for file in FILES]
     try:
         if cache is None:
             raise DataError(
@@ -220,20 +202,16 @@ def _downloaded(name: str) -> Dataset:
             )
         directory = cache / "datasets" / name
         directory.mkdir(parents=True, exist_ok=True)
-        missing = [
-            (source.url + file, size, sha256)
-            for file, size, sha256 in zip(files, source.sizes, source.sha256, strict=True)
-            if not (directory / file).is_file() or _sha256(directory / file) != sha256
-        ]
-        for file in missing:
-            with tempfile.TemporaryDirectory(dir=directory) as temporary:
-                download.fetch([file], Path(temporary), directory)
+        paths = {file: directory / f"{file}.gz" for file in FILES}
+        for path, sha256 in zip(paths.values(), source.sha256, strict=True):
+            if not path.is_file() or _sha256(path) != sha256:
+                download.fetch(source.url + path.name, sha256, directory)
     except (OSError, DataError) as error:
         raise DownloadError(
             f"{name} cannot be downloaded: {error}; put its four IDX files into a directory and "
             "name that with --data-dir or $BNJAX_DATA_DIR"
         ) from error
-    return _from_idx_files(name, directory, {file: directory / f"{file}.gz" for file in FILES})
+    return _from_idx_files(name, directory, paths)
 
 
 def _digits() -> Dataset:

@@ -24,9 +24,6 @@ GZIP = b"\x1f\x8b"
 
 # Deflate cannot pack more than 1,032 bytes into one (RFC 1951: 258 bytes in two bits).
 MAX_INFLATION = 1032
-
-# Three times the largest of the family, EMNIST.
-MAX_EXAMPLES = 3 * 814_255
 CHUNK = 2**20
 
 
@@ -93,45 +90,30 @@ def reading(path: Path) -> Iterator[BufferedReader]:
 
 
 def _read(path: Path, rank: int) -> np.ndarray:
-    with reading(path) as file:
-        zipped = file.peek(2).startswith(GZIP)
+    with reading(path) as raw:
+        zipped = raw.peek(2).startswith(GZIP)
         limit = path.stat().st_size * (MAX_INFLATION if zipped else 1)
-        return _parse(gzip.GzipFile(fileobj=file) if zipped else file, path, rank, limit)
-
-
-def _parse(file: BufferedReader | gzip.GzipFile, path: Path, rank: int, limit: int) -> np.ndarray:
-    header = file.read(4 + 4 * rank)
-    magic = bytes([0, 0, UNSIGNED_BYTE, rank])
-    if header[:4] != magic:
-        raise DataError(
-            f"{path}: magic number {header[:4].hex() or 'missing'}, expected {magic.hex()} "
-            f"(an IDX file of unsigned bytes with {rank} {'axes' if rank > 1 else 'axis'})"
-        )
-    if len(header) < 4 + 4 * rank:
-        raise DataError(f"{path}: truncated, the header ends after {len(header)} bytes")
-    shape = struct.unpack(f">{rank}I", header[4:])
-    size = math.prod(shape)
-    if size > limit:
-        raise DataError(
-            f"{path}: truncated, the header announces {'x'.join(map(str, shape))} = {size} bytes, "
-            "more than a file of this size can hold"
-        )
-    if shape[0] > MAX_EXAMPLES or size > 784 * MAX_EXAMPLES:
-        raise DataError(f"{path}: announces {shape[0]} examples, expected up to {MAX_EXAMPLES}")
-    values = _read_up_to(file, size + 1)
-    if len(values) != size:
-        problem = "truncated" if len(values) < size else "oversized"
-        found = len(values) if len(values) < size else "more"
-        raise DataError(
-            f"{path}: {problem}, the header announces {'x'.join(map(str, shape))} = {size} bytes, "
-            f"found {found}"
-        )
+        file: BufferedReader | gzip.GzipFile = gzip.GzipFile(fileobj=raw) if zipped else raw
+        header = file.read(4 + 4 * rank)
+        magic = bytes([0, 0, UNSIGNED_BYTE, rank])
+        if header[:4] != magic:
+            raise DataError(
+                f"{path}: magic number {header[:4].hex() or 'missing'}, expected {magic.hex()} "
+                f"(an IDX file of unsigned bytes with {rank} {'axes' if rank > 1 else 'axis'})"
+            )
+        if len(header) < 4 + 4 * rank:
+            raise DataError(f"{path}: truncated, the header ends after {len(header)} bytes")
+        shape = struct.unpack(f">{rank}I", header[4:])
+        size = math.prod(shape)
+        announced = f"the header announces {'x'.join(map(str, shape))} = {size} bytes"
+        if size > limit:
+            problem = "more than a file of this size can hold"
+            raise DataError(f"{path}: truncated, {announced}, {problem}")
+        values = bytearray()  # grows as bytes come: a header may announce what does not follow
+        while part := file.read(min(CHUNK, size + 1 - len(values))):
+            values += part
+    if len(values) < size:
+        raise DataError(f"{path}: truncated, {announced}, found {len(values)}")
+    if len(values) > size:
+        raise DataError(f"{path}: oversized, {announced}, found more")
     return np.frombuffer(values, np.uint8).reshape(shape)
-
-
-def _read_up_to(file: BufferedReader | gzip.GzipFile, size: int) -> bytearray:
-    """Takes memory as the bytes come: a header may announce what does not follow."""
-    values = bytearray()
-    while part := file.read(min(CHUNK, size - len(values))):
-        values += part
-    return values

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bnjax.errors import DataError, DataWarning
-
-Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+from bnjax.errors import DataError, DataWarning, shorten
 
 
 def default_directory() -> Path:
@@ -18,7 +16,7 @@ def default_directory() -> Path:
     return Path(os.path.expanduser(told))  # noqa: PTH111  Path.expanduser needs a home
 
 
-def read(name: str, directory: Path) -> Arrays | None:
+def read(name: str, directory: Path) -> tuple[np.ndarray, ...] | None:
     """Reads the newest version of a prepared dataset.
 
     Args:
@@ -36,12 +34,15 @@ def read(name: str, directory: Path) -> Arrays | None:
     try:
         places = [info.parent for info in (directory / name).glob("*/dataset_info.json")]
         for place in sorted(places, key=_version, reverse=True):
-            if arrays := _read_version(place):
-                return arrays
+            import tensorflow_datasets as tfds  # slow, and mostly not needed
+
+            builder = tfds.builder_from_directory(place)
+            if tfds.core.FileFormat.ARRAY_RECORD in builder.info.available_file_formats():
+                return *_read_split(builder, "train"), *_read_split(builder, "test")
     except Exception as error:  # TFDS and its file formats raise whatever they like
-        reason = " ".join(str(error).split())
         raise DataError(
-            f"{directory / name}: the dataset that TFDS prepared here cannot be read ({reason})"
+            f"{directory / name}: the dataset that TFDS prepared here cannot be read "
+            f"({shorten(error)})"
         ) from error
     if places:
         warnings.warn(
@@ -57,16 +58,7 @@ def _version(place: Path) -> list[int]:
     return [int(number) for number in place.name.split(".") if number.isdecimal()]
 
 
-def _read_version(place: Path) -> Arrays | None:
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder_from_directory(place)
-    if tfds.core.FileFormat.ARRAY_RECORD not in builder.info.available_file_formats():
-        return None
-    return *_read_split(builder, "train"), *_read_split(builder, "test")
-
-
-def _read_split(builder, split: str, chunk: int = 4096) -> tuple[np.ndarray, np.ndarray]:
+def _read_split(builder, split: str) -> tuple[np.ndarray, np.ndarray]:
     import tensorflow_datasets as tfds
     from PIL import Image
 
@@ -75,9 +67,7 @@ def _read_split(builder, split: str, chunk: int = 4096) -> tuple[np.ndarray, np.
     )
     count = len(source)
     images, labels = np.empty((count, 28, 28), np.uint8), np.empty(count, np.int32)
-    for start in range(0, count, chunk):
-        records = source.__getitems__(range(start, min(start + chunk, count)))
-        for index, record in enumerate(records, start):
-            images[index] = np.asarray(Image.open(io.BytesIO(record["image"])))
-            labels[index] = record["label"]
+    for index, record in enumerate(source.__getitems__(range(count))):
+        images[index] = np.asarray(Image.open(io.BytesIO(record["image"])))
+        labels[index] = record["label"]
     return images, labels

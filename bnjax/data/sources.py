@@ -17,14 +17,12 @@ class Source:
     Attributes:
         url: folder of the gzipped files, as TFDS 4.9.10 registers it.
         torchvision: the folder in which torchvision keeps them.
-        sizes: bytes of each gzipped file, in the order of `FILES`.
-        sha256: checksum of each gzipped file.
+        sha256: checksum of each gzipped file, in the order of `FILES`.
         unzipped_sha256: checksum of each file without gzip, where known.
     """
 
     url: str
     torchvision: str
-    sizes: tuple[int, ...]
     sha256: tuple[str, ...]
     unzipped_sha256: tuple[str, ...] = ()
 
@@ -33,7 +31,6 @@ SOURCES = {
     "mnist": Source(
         url="https://storage.googleapis.com/cvdf-datasets/mnist/",
         torchvision="MNIST",
-        sizes=(9912422, 28881, 1648877, 4542),
         sha256=(
             "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
             "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
@@ -50,7 +47,6 @@ SOURCES = {
     "fashion_mnist": Source(
         url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
         torchvision="FashionMNIST",
-        sizes=(26421880, 29515, 4422102, 5148),
         sha256=(
             "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
             "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
@@ -67,7 +63,6 @@ SOURCES = {
     "kmnist": Source(
         url="http://codh.rois.ac.jp/kmnist/dataset/kmnist/",
         torchvision="KMNIST",
-        sizes=(18165135, 29497, 3041136, 5120),
         sha256=(
             "51467d22d8cc72929e2a028a0428f2086b092bb31cfb79c69cc0a90ce135fde4",
             "e38f9ebcd0f3ebcdec7fc8eabdcdaef93bb0df8ea12bee65224341c8183d8e17",
