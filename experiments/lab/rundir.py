@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from filelock import FileLock, SoftFileLock, Timeout
+from filelock import FileLock, Timeout
 
 from bnjax.errors import CheckpointError
 from bnjax.version import __version__
@@ -165,11 +165,11 @@ def locked(path: Path) -> Iterator[None]:
     lock = FileLock(file)
     try:
         lock.acquire(timeout=0.2)  # long enough to see that the owner of a soft lock is gone
-    except Timeout as error:
-        told = f"{path} is in use by another process: wait for its end"
-        if isinstance(lock, SoftFileLock):  # which stays where its owner ended on another machine
-            told += f", or delete {file} if there is none"
-        raise CheckpointError(told) from error
+    except Timeout as error:  # a soft lock stays where its owner ended on another machine
+        raise CheckpointError(
+            f"{path} is in use by another process: wait for its end, or delete {file} if there is "
+            "no such process"
+        ) from error
     try:
         yield
     finally:
