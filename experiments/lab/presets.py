@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import tyro
@@ -94,17 +96,14 @@ class Experiment:
         initializers.kernel(self.no_bn_init)
         choose("bn_statistics", self.bn_statistics, STATISTICS)
         choose("matmul_precision", self.matmul_precision, PRECISIONS)
-        for name in ("epochs", "replicates"):
-            _require_at_least(1, name, getattr(self, name))
-        _require_at_least(2, "batch_size", self.batch_size, "normalization needs two examples")
-        _require_at_least(10, "num_classes", self.num_classes, "the data have ten classes")
+        _check_range("epochs", self.epochs, 1)
+        _check_range("replicates", self.replicates, 1)
+        _check_range("batch_size", self.batch_size, 2, ", normalization needs two examples")
+        _check_range("num_classes", self.num_classes, 10, ", the data have ten classes")
         if not self.hidden_sizes:
             raise ValueError("hidden_sizes is empty: expected the width of at least one layer")
         for size in self.hidden_sizes:
-            _require_at_least(1, "hidden_sizes", size)
-        for value in (*self.hidden_sizes, self.num_classes, self.replicates, self.epochs):
-            if value > MAX_SIZE:
-                raise ValueError(f"{value} is too large: expected sizes and counts to {MAX_SIZE}")
+            _check_range("hidden_sizes", size, 1)
         if self.shared_init and self.no_bn_init not in (self.bn_init, Experiment.no_bn_init):
             raise ValueError(
                 f"no_bn_init is {self.no_bn_init}, but shared_init starts all networks from what "
@@ -119,8 +118,7 @@ class Experiment:
 
     def resolved(self) -> "Experiment":
         """The same with its reference named."""
-        arms = self.arms
-        default = "no_bn" if "no_bn" in arms else next(iter(arms), None)
+        default = "no_bn" if "no_bn" in self.arms else next(iter(self.arms), None)
         return dataclasses.replace(self, reference=self.reference or default)
 
     def check_against(self, dataset: Dataset) -> None:
@@ -197,23 +195,11 @@ def _is_like(default: Any, value: Any) -> bool:
     return type(value) in ((str, type(None)) if default is None else (type(default),))
 
 
-def _require_at_least(least: int, name: str, value: int, why: str = "") -> None:
+def _check_range(name: str, value: int, least: int, why: str = "") -> None:
     if value < least:
-        raise ValueError(f"{name} is {value}: expected at least {least}{why and ', '}{why}")
-
-
-class Notebook(NamedTuple):
-    """What a preset re-runs.
-
-    Attributes:
-        source: where it was published.
-        published: the figures that it prints.
-        errata: what it got wrong, and what is done about it here.
-    """
-
-    source: str
-    published: tuple[str, ...]
-    errata: tuple[str, ...]
+        raise ValueError(f"{name} is {value}: expected at least {least}{why}")
+    if value > MAX_SIZE:
+        raise ValueError(f"{name} is {value}: expected at most {MAX_SIZE}")
 
 
 # Two hidden layers of 32, two to three seconds of training on two cores. Xavier kernels in the
@@ -228,45 +214,18 @@ DEEP10 = Experiment("deep10", epochs=9, batch_size=64, drop_last=False, hidden_s
 
 PRESETS = dict(zip(NAMES, (BOOSTCOURSE, LAB10, DEEP10), strict=True))
 
+
+class Notebook(NamedTuple):
+    """What a preset re-runs: where it was published, the figures that it prints, its errata."""
+
+    source: str
+    published: Sequence[str]
+    errata: Sequence[str]
+
+
 NOTEBOOKS = {
-    "boostcourse": Notebook(
-        "boostcourse, Deep learning basics with PyTorch: mnist_batchnorm",
-        (
-            "training cost with batch normalization 1.206 in the first epoch, 0.0479 in the last",
-            "training cost without it 0.949 in the first epoch, 0.0873 in the last",
-        ),
-        (
-            "The last layer has 512 outputs although there are ten classes. The other 502 are only "
-            "ever pushed down; they are kept here so that the costs can be compared.",
-            "Only the network with batch normalization gets Xavier kernels, so the two differ in "
-            "more than normalization. --bn-init torch_default makes them alike.",
-        ),
-    ),
-    "lab10": Notebook(
-        "Lab 10, MNIST and softmax: mnist_batchnorm and train_eval",
-        ("loss 0.04811 against 0.04808 after the first epoch: one network, counted twice",),
-        (
-            "The published loop calls the network with batch normalization where it means the one "
-            "without, in training and in validation, so that both columns show the same network.",
-            "Its accuracies are losses divided by the number of batches once more; they print as "
-            "0.00.",
-            "Its validation runs over the training set.",
-            "It sets bn_lost to zero where it means bn_loss, so that the column with batch "
-            "normalization starts from the last training loss; the other starts from zero.",
-            "It sets 10 epochs and runs 11, range(epochs + 1); so does this preset. The second "
-            "version of the notebook trains both networks, for 10 epochs, and prints no figures.",
-        ),
-    ),
-    "deep10": Notebook(
-        "Blog post, [Generalization] Batch Normalization",
-        (
-            "test accuracy 97.83 % with batch normalization",
-            "test accuracy 95.98 % without it",
-        ),
-        (
-            "The average loss that the post prints (0.0012 and 0.0025) is a sum over batches of "
-            "their mean losses, divided by 10,000 examples: about 64 times too small.",
-            "It draws new batches for the second network; here both see the same.",
-        ),
-    ),
+    name: Notebook(**values)
+    for name, values in tomllib.loads(
+        Path(__file__).with_name("notebooks.toml").read_text(encoding="utf-8")
+    ).items()
 }
