@@ -2,6 +2,8 @@
 
 What one test has compiled, no other compiles again: tests, the processes among which they are
 dealt, and those that they start share JAX's cache of compiled programs, made anew for each suite.
+Most of the time is compilation, which takes a third less without LLVM's optimizations;
+`JAX_DISABLE_MOST_OPTIMIZATIONS=0` has the tests compiled as users have it.
 """
 
 import os
@@ -9,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 PROGRAMS = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="programs-"))
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
 import jax  # noqa: E402  reads the environment

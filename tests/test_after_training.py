@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from command import Result, call, lines_of
+from rich.console import Console
 
 from bnjax import models, population
 from experiments import compare, sweep
 from experiments.claims import Evidence, load_claims, verdicts
-from experiments.lab import divergences, probes, rundir
+from experiments.lab import divergences, exits, probes, rundir
 from experiments.report import __main__ as report_command
 from experiments.report import heat
 
@@ -136,15 +137,13 @@ def test_what_fails_costs_a_sentence(whole, tmp_path, break_, monkeypatch, place
     assert_numbers_are_complete(path, whole)
 
 
-@pytest.mark.parametrize("error", [KeyError("a"), OSError("b"), MemoryError(), IndexError("c")])
 @pytest.mark.parametrize(
-    "place",
+    ("place", "error"),
     [
-        "experiments.lab.probes.after_epoch",
-        "experiments.lab.probes.at_end",
-        "experiments.report.words.activations",
-        "experiments.report.figures.to_svg",
-        "experiments.report.run.render",
+        ("experiments.lab.probes.after_epoch", OSError("b")),
+        ("experiments.lab.probes.at_end", MemoryError()),
+        ("experiments.report.words.activations", KeyError("a")),
+        ("experiments.report.figures.to_svg", IndexError("c")),
     ],
 )
 def test_whatever_the_error_the_numbers_are_complete(whole, tmp_path, monkeypatch, place, error):
@@ -158,6 +157,13 @@ def test_whatever_the_error_the_numbers_are_complete(whole, tmp_path, monkeypatc
     assert (result.status, result.err) == (0, "")
     assert len(notes(result)) >= 1
     assert_numbers_are_complete(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("error", [KeyError("a"), OSError("b"), MemoryError(), IndexError("c")])
+def test_whatever_the_error_it_costs_a_sentence(capsys, error):
+    with exits.optional(Console(), "the report could not be drawn", "try again"):
+        raise error
+    assert capsys.readouterr().out.startswith("NOTE: the report could not be drawn (")
 
 
 def test_what_the_networks_have_become_is_recorded_by_going_on(

@@ -771,6 +771,7 @@ def python_sigint():
 
 
 class TestStopping:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"]
     )

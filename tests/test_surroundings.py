@@ -132,9 +132,8 @@ def drawn(made_up_runs) -> dict[str, bytes]:
 
 
 class TestPictures:
-    @pytest.mark.parametrize("taste", TASTES)
-    def test_of_a_notebook_with_a_taste(self, made_up_runs, drawn, taste):
-        with matplotlib.rc_context(TASTES[taste]):
+    def test_of_a_notebook_with_tastes(self, made_up_runs, drawn):
+        with matplotlib.rc_context({k: v for taste in TASTES.values() for k, v in taste.items()}):
             before = dict(matplotlib.rcParams)
             found = draw(made_up_runs)
             assert dict(matplotlib.rcParams) == before
@@ -192,6 +191,7 @@ def start(script: str, *arguments) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_fcntl(tmp_path):
     path = tmp_path / "run"
     for arguments in (["--dataset", "digits", "--epochs", 1, "--out"], ["--epochs", 2, "--resume"]):
