@@ -1,6 +1,5 @@
 import json
 import os
-import sys
 from functools import partial
 
 import jax
@@ -9,7 +8,6 @@ import pytest
 
 from experiments.benchmark import __main__ as benchmark
 from experiments.benchmark import loops, operation, turns
-from experiments.lab.exits import UserError
 from experiments.lab.presets import BOOSTCOURSE
 
 
@@ -49,12 +47,11 @@ def test_every_contender_computes_the_same():
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-PYTORCH = {"pytorch": {}, "loader": {"loader": True}, "script": {"evaluation": True}}
+PYTORCH = {"pytorch": {}, "loader": {"loader": True}}
 
 
-@pytest.mark.parametrize("name", ["bnjax", *PYTORCH, "flax", "keras"])
-def test_every_loop_trains(data, name, monkeypatch):
-    monkeypatch.setenv("KERAS_BACKEND", "jax")
+@pytest.mark.parametrize("name", ["bnjax", *PYTORCH, "flax"])
+def test_every_loop_trains(data, name):
     pytest.importorskip("torch" if name in PYTORCH else name)
     loop = partial(loops.pytorch, **PYTORCH[name]) if name in PYTORCH else getattr(loops, name)
     with jax.numpy_rank_promotion("allow"):
@@ -83,20 +80,6 @@ def test_a_contender_that_fails_is_named():
         broken.__enter__()
 
 
-def test_operations_are_those_of_the_matrix_products(data):
-    forward = 2 * 784 * 32 + 2 * 32 * 32 + 2 * 32 * 512
-    first = 2 * 784 * 32
-    assert benchmark.flops_per_epoch(data) == 2 * 200 * (3 * forward - first)
-
-
-def test_a_command_is_watched_from_its_start():
-    code = "import time; time.sleep(0.2); print('1/15', flush=True); time.sleep(0.2)"
-    found = benchmark.watch([sys.executable, "-c", code])
-    assert 0.2 < found["first_epoch"] < found["total"] - 0.15
-    with pytest.raises(UserError, match="failed with status 3"):
-        benchmark.watch([sys.executable, "-c", "raise SystemExit(3)"])
-
-
 @pytest.mark.slow
 def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(operation, "SIZES", ((8, 2), (16, 4)))
@@ -109,9 +92,8 @@ def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     assert "bnjax, R = 1" in shown
     found = json.loads((tmp_path / "times.json").read_text())
     assert [entry["shape"] for entry in found["operation"]] == [[8, 2], [16, 4]]
-    assert len(found["epoch"]["seconds_per_replicate"]["Flax loop"]["train"]) == 1
+    assert len(found["epoch"]["seconds_per_replicate"]["Flax loop"]) == 1
     assert found["versions"]["jax"]
-    assert (tmp_path / "times.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_directory_without_data_ends_with_a_sentence(tmp_path, capsys):
@@ -122,7 +104,7 @@ def test_a_directory_without_data_ends_with_a_sentence(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--repeats", "0"], ["--json", "/nowhere/times.json"], ["--json", "times.png"]],
+    [["--repeats", "0"], ["--json", "/nowhere/times.json"], ["--parts", "start"]],
 )
 def test_mistakes_are_refused_before_anything_is_measured(arguments):
     with pytest.raises(SystemExit, match="2"):

@@ -33,7 +33,7 @@ def test_one_device_communicates_nothing():
 def test_the_command(monkeypatch, tmp_path, capsys):
     layouts = Layout(1, 8), Layout(1, 8, "local"), Layout(2, 2)
     monkeypatch.setattr(scaling, "LAYOUTS", layouts)
-    arguments = "--scaling", "--repeats", "2", "--json", str(tmp_path / "found.json")
+    arguments = "--parts", "scaling", "--repeats", "2", "--json", str(tmp_path / "found.json")
     assert benchmark.main(arguments) == 0
     found = json.loads((tmp_path / "found.json").read_text())["scaling"]
     assert [(row["processes"], row["devices"], row["network"]) for row in found] == [*layouts]

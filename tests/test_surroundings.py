@@ -119,10 +119,6 @@ def draw(made_up_runs: list[Path]) -> dict[str, bytes]:
     }
     train_eval_mode.draw(place / "train_eval_mode.png", numbers)
     drawn["modes"] = (place / "train_eval_mode.png").read_bytes()
-
-    seconds = {"PyTorch": {"train": [2.0, 3.0]}, "bnjax, R = 1": {"train": [0.5, 0.25]}}
-    epoch = {"seconds_per_replicate": seconds, "floor": 0.1}
-    drawn["benchmark"] = figures.to_png(figures.benchmark(epoch))
     return drawn
 
 

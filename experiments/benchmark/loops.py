@@ -2,13 +2,10 @@
 
 Each contender trains the network of the preset boostcourse with batch normalization and its twin
 on the same batches. It takes a file with the arrays of `bnjax.data.Dataset`, returns a function
-that trains for an epoch and tells its seconds, and imports nothing that its users would not import:
-`python -m experiments.benchmark.loops DATA EPOCHS` is the whole experiment as a PyTorch script.
+that trains for an epoch and tells its seconds, and imports nothing that its users would not import.
 """
 
 import dataclasses
-import os
-import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -20,7 +17,6 @@ HIDDEN_SIZES = (32, 32)
 NUM_CLASSES = 512
 BATCH_SIZE = 100
 LEARNING_RATE = 1e-3
-EVALUATION_BATCH = 1000
 
 Epoch = Callable[[], float]
 Examples = tuple[np.ndarray, np.ndarray]
@@ -58,7 +54,7 @@ def bnjax(data: str, replicates: int = 1) -> Epoch:
     return call
 
 
-def pytorch(data: str, loader: bool = False, evaluation: bool = False) -> Epoch:
+def pytorch(data: str, loader: bool = False) -> Epoch:
     """Eager PyTorch on tensors in memory or, as notebooks do it, on a Dataset and a DataLoader."""
     import torch
     from torch import nn
@@ -66,13 +62,8 @@ def pytorch(data: str, loader: bool = False, evaluation: bool = False) -> Epoch:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images, labels = load(data)[0]
-    sets = [
-        (
-            torch.tensor(x, device=device).float().div(255).flatten(1),
-            torch.tensor(y, device=device).long(),
-        )
-        for x, y in load(data)
-    ]
+    all_x = torch.tensor(images, device=device).float().div(255).flatten(1)
+    all_y = torch.tensor(labels, device=device).long()
 
     def create(use_batch_norm: bool) -> nn.Module:
         layers: list[nn.Module] = []
@@ -95,9 +86,8 @@ def pytorch(data: str, loader: bool = False, evaluation: bool = False) -> Epoch:
     def batches() -> Any:
         if loader:
             return torch.utils.data.DataLoader(Digits(), BATCH_SIZE, shuffle=True, drop_last=True)
-        x, y = sets[0]
-        order = torch.randperm(len(y), device=device).split(BATCH_SIZE)
-        return ((x[i], y[i]) for i in order if len(i) == BATCH_SIZE)
+        order = torch.randperm(len(labels), device=device).split(BATCH_SIZE)
+        return ((all_x[i], all_y[i]) for i in order if len(i) == BATCH_SIZE)
 
     def fit() -> None:
         for x, y in batches():
@@ -107,23 +97,8 @@ def pytorch(data: str, loader: bool = False, evaluation: bool = False) -> Epoch:
                 loss = cross_entropy(network.train()(x), y)
                 loss.backward()
                 optimizer.step()
-        if evaluation:
-            evaluate()
-        elif device == "cuda":
+        if device == "cuda":
             torch.cuda.synchronize()
-
-    @torch.no_grad()
-    def evaluate() -> None:
-        for network in networks:
-            network.eval()
-            for examples in sets:
-                loss = correct = torch.zeros((), device=device)
-                parts = (each.split(EVALUATION_BATCH) for each in examples)
-                for x, y in zip(*parts, strict=True):
-                    logits = network(x)
-                    loss = loss + cross_entropy(logits, y, reduction="sum")
-                    correct = correct + (logits.argmax(1) == y).sum()
-                float(loss), float(correct)
 
     return _timed(fit)
 
@@ -186,35 +161,6 @@ def flax(data: str) -> Epoch:
     return _timed(fit)
 
 
-def keras(data: str) -> Epoch:
-    """Keras 3 on JAX: `fit`."""
-    os.environ["KERAS_BACKEND"] = "jax"
-    import keras
-
-    def create(use_batch_norm: bool) -> Any:
-        layers: list[Any] = [keras.layers.Flatten()]
-        for size in HIDDEN_SIZES:
-            norm = [keras.layers.BatchNormalization(momentum=0.9)] if use_batch_norm else []
-            layers += [keras.layers.Dense(size), *norm, keras.layers.ReLU()]
-        model = keras.Sequential([*layers, keras.layers.Dense(NUM_CLASSES)])
-        model.compile(
-            optimizer=keras.optimizers.Adam(LEARNING_RATE),
-            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-            metrics=["accuracy"],
-        )
-        return model
-
-    models = [create(True), create(False)]
-    images, labels = load(data)[0]
-    images = images.astype(np.float32) / 255
-
-    def fit() -> None:
-        for model in models:
-            model.fit(images, labels, batch_size=BATCH_SIZE, epochs=1, verbose=0)
-
-    return _timed(fit)
-
-
 def _timed(fit: Callable[[], None]) -> Epoch:
     def call() -> float:
         start = time.perf_counter()
@@ -222,9 +168,3 @@ def _timed(fit: Callable[[], None]) -> Epoch:
         return time.perf_counter() - start
 
     return call
-
-
-if __name__ == "__main__":
-    epoch = pytorch(sys.argv[1], evaluation=True)
-    for number in range(1, int(sys.argv[2]) + 1):
-        print(f"{number}/{sys.argv[2]}", epoch(), flush=True)

@@ -259,31 +259,6 @@ def train_eval_mode(numbers: Mapping[str, Any]) -> Figure:
 
 
 @our_style
-def benchmark(epoch: Mapping[str, Any]) -> Figure:
-    """Seconds per paired epoch and replicate of each contender, as bars on a log scale.
-
-    Args:
-        epoch: the part `epoch` of `experiments.benchmark`.
-    """
-    rows = epoch["seconds_per_replicate"]
-    medians = [float(np.median(row["train"])) for row in rows.values()]
-    colors = [COLORS[not name.startswith("bnjax")] for name in rows]
-    figure = Figure(figsize=(8, 0.45 * len(rows) + 1.5), layout="constrained")
-    axes = figure.subplots()
-    bars = axes.barh(list(rows), medians, color=colors)
-    axes.bar_label(bars, fmt="%.3f", padding=3)
-    axes.axvline(epoch["floor"], color="gray", linestyle=":", label="matrix products alone")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlim(0.5 * min(*medians, epoch["floor"]), 2 * max(medians))
-    axes.invert_yaxis()
-    axes.set_xlabel("seconds per paired epoch and replicate, log scale")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
-    return figure
-
-
-@our_style
 def to_png(figure: Figure) -> bytes:
     """The figure as a PNG at 150 dots per inch; its layout is settled then."""
     buffer = io.BytesIO()
