@@ -12,7 +12,7 @@ from pathlib import Path
 
 PROGRAMS = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="programs-"))
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax  # noqa: E402  reads the environment
 import pytest  # noqa: E402
@@ -28,6 +28,7 @@ def programs_of_one_file():
     that a process may have, and where these run out XLA ends it."""
     yield
     jax.clear_caches()
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # commands set it
 
 
 @pytest.fixture

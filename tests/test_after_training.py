@@ -153,7 +153,7 @@ def test_whatever_the_error_the_numbers_are_complete(whole, tmp_path, monkeypatc
     module, _, name = place.rpartition(".")
     with monkeypatch.context() as patch:
         patch.setattr(importlib.import_module(module), name, fail)
-        result = call(*RUN, "--out", tmp_path / "run")
+        result = call(*RUN, "--out", tmp_path / "run", pictures=True)
     assert (result.status, result.err) == (0, "")
     assert len(notes(result)) >= 1
     assert_numbers_are_complete(tmp_path / "run", whole)

@@ -17,18 +17,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import command
 import numpy as np
 import pytest
 import safetensors.numpy
-from command import Result, call, lines_of
+from command import Result, lines_of
 from jax.experimental.compilation_cache import compilation_cache
 
 from bnjax import checkpoint
 from experiments import report
 from experiments.lab import devices, metrics, rundir
+
+call = partial(command.call, pictures=True)
 
 pytestmark = pytest.mark.slow
 

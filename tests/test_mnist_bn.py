@@ -105,7 +105,7 @@ def process(cache_home, tmp_path):
 @pytest.fixture(scope="module")
 def finished(cache_home, tmp_path_factory) -> Job:
     path = tmp_path_factory.mktemp("finished") / "run"
-    return Job(path, call(*SMALL, *DIGITS, "--epochs", 2, "--out", path))
+    return Job(path, call(*SMALL, *DIGITS, "--epochs", 2, "--out", path, pictures=True))
 
 
 @pytest.fixture(scope="module")
@@ -284,10 +284,11 @@ class TestReport:
 
 class TestReproducibility:
     def test_same_seed_same_numbers(self, finished, tmp_path):
-        assert call(*SMALL, *DIGITS, "--epochs", 2, "--out", tmp_path / "run").status == 0
-        assert lines_of(tmp_path / "run") == lines_of(finished.path)
+        out = tmp_path / "run"
+        assert call(*SMALL, *DIGITS, "--epochs", 2, "--out", out, pictures=True).status == 0
+        assert lines_of(out) == lines_of(finished.path)
         for name in ("curves.svg", "features.png", "summary.json"):
-            assert (tmp_path / "run" / name).read_bytes() == (finished.path / name).read_bytes()
+            assert (out / name).read_bytes() == (finished.path / name).read_bytes()
 
     def test_other_seed_other_numbers(self, halfway, tmp_path):
         out = tmp_path / "run"
@@ -616,7 +617,7 @@ class TestResume:
 
     def test_goes_on_as_if_never_stopped(self, finished, halfway, tmp_path):
         path = copy(halfway, tmp_path / "moved")
-        result = call("--resume", path, "--epochs", 2)
+        result = call("--resume", path, "--epochs", 2, pictures=True)
         assert result.status == 0
         assert re.findall(r"^(\d+/\d+) ", result.out, re.MULTILINE) == ["2/2"]
         assert lines_of(path) == lines_of(finished.path)

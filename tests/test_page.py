@@ -14,13 +14,15 @@ from html import unescape
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import command
 import pytest
-from command import call
 
 from experiments import compare, reproduce, sweep
 
 AXE = os.environ.get("AXE", "")
 CHROMIUM = shutil.which("chromium") or ""
+call = partial(command.call, pictures=True)
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not CHROMIUM, reason="needs Chromium"),

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import flax.linen as nn
 import optax
@@ -158,6 +159,13 @@ def make_arms(experiment: Experiment, own: Sequence[ArmSpec] = ()) -> tuple[Arm,
     Raises:
         ValueError: as `choose`.
     """
-    optimizer = optax.adam(experiment.learning_rate)
     specs = choose(experiment, own)
-    return tuple(Arm(spec.name, spec.make(experiment), optimizer) for spec in specs)
+    return tuple(
+        Arm(spec.name, spec.make(experiment), _adam(experiment.learning_rate)) for spec in specs
+    )
+
+
+@cache
+def _adam(learning_rate: float) -> optax.GradientTransformation:
+    """The same object for the same rate: what JAX has traced with it, it need not trace again."""
+    return optax.adam(learning_rate)
