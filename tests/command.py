@@ -21,14 +21,18 @@ class Result(NamedTuple):
     err: str
 
 
+def blank_pictures() -> contextlib.AbstractContextManager:
+    """Has pictures be empty files, for what does not look at them: they take longest."""
+    return mock.patch.multiple(figures, to_png=lambda _: b"", to_svg=lambda _: b"")
+
+
 def call(*arguments, pictures: bool = False) -> Result:
-    """The command in this process; its pictures are blank unless they matter: they take longest."""
+    """The command in this process, by default with blank pictures."""
     out, err = io.StringIO(), io.StringIO()
-    blank = {} if pictures else {"to_png": lambda _: b"", "to_svg": lambda _: b""}
     with (
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
-        mock.patch.multiple(figures, **blank) if blank else contextlib.nullcontext(),
+        contextlib.nullcontext() if pictures else blank_pictures(),
     ):
         try:
             status = mnist_bn.main([str(argument) for argument in arguments])

@@ -50,6 +50,7 @@ def test_every_contender_computes_the_same():
 PYTORCH = {"pytorch": {}, "loader": {"loader": True}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bnjax", *PYTORCH, "flax"])
 def test_every_loop_trains(data, name):
     pytest.importorskip("torch" if name in PYTORCH else name)

@@ -18,6 +18,8 @@ MODULES = {
     "no_bn": models.MLP((6, 5), 10, norm=None),
     "own": Nested(2),
 }
+preactivations = jax.jit(diagnostics.preactivations, static_argnums=0)
+gradient_norms = jax.jit(diagnostics.gradient_norms, static_argnums=0)
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +46,8 @@ def test_an_epoch_is_looked_at_with_the_diagnostics(trained, arm, replicate):
     example, sample = (jax.tree.map(lambda a, n=n: a[:n], data) for n in (1, probes.SAMPLE))
     found = probes.after_epoch(trainer, states, example)
     module, variables = MODULES[arm], variables_of(states, arm, replicate)
-    look = jax.jit(diagnostics.preactivations, static_argnums=0)
-    entering = [np.asarray(values) for values in look(module, variables, sample).values()]
-    norms = jax.jit(diagnostics.gradient_norms, static_argnums=0)(module, variables, sample)
+    entering = [np.asarray(x) for x in preactivations(module, variables, sample).values()]
+    norms = gradient_norms(module, variables, sample)
     expected = {
         **diagnostics.features(module, variables, example),
         "gradient_norms": list(norms.values()),

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from command import call
 from factories import write_idx
 
 from bnjax import data
-from experiments import mnist_bn
 
 README = Path(__file__).parents[1] / "README.md"
 TEXT = README.read_text()
@@ -27,8 +27,8 @@ MODULES = sorted(set(re.findall(r"python -m (experiments\.\w+)", TEXT)))
 def home(tmp_path_factory) -> Path:
     """Where a reader has run the first command, on digits."""
     home = tmp_path_factory.mktemp("home")
-    arguments = "--dataset", "digits", "--epochs", "1", "--out", str(home / "runs" / "first")
-    assert mnist_bn.main(arguments) == 0
+    arguments = "--dataset", "digits", "--epochs", 1, "--out", home / "runs" / "first"
+    assert call(*arguments).status == 0
     return home
 
 

@@ -135,6 +135,7 @@ class TestPictures:
             assert dict(matplotlib.rcParams) == before
         assert [name for name in drawn if found[name] != drawn[name]] == []
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("content", ["taste", b"\xff\xfe", None])
     def test_of_a_command_with_a_matplotlibrc(self, made_up_runs, drawn, tmp_path, content):
         """One of taste, one that is damaged, and a backend that is not there."""
@@ -198,7 +199,13 @@ def test_a_run_goes_on_without_fcntl(tmp_path):
 
 
 class TestLock:
-    @pytest.mark.parametrize("system", SYSTEMS)
+    @pytest.mark.parametrize(
+        "system",
+        [
+            pytest.param(s, marks=pytest.mark.slow if script else [])
+            for s, script in SYSTEMS.items()
+        ],
+    )
     def test_ends_with_its_process(self, tmp_path, system):
         keep = SYSTEMS[system] + KEEP
         with start(keep, tmp_path) as first:
