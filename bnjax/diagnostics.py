@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax import Array
 
-from bnjax import layer_taps, population
+from bnjax import layer_taps
 from bnjax.layer_taps import LAYERS, Variables
 from bnjax.training import Batch, cross_entropy, to_float, vary_with
 
@@ -238,25 +238,6 @@ def effective_rank(
 
     layers = features(model, variables, batch, train=train).values()
     return {"effective_rank": jnp.stack([rank(layer) for layer in layers])}
-
-
-def population_gap(
-    model: nn.Module, variables: Variables, batch: Batch, *, epsilon: float = 1e-5
-) -> dict[str, Array]:
-    """How far the running statistics are from those of the batch, taken as the population.
-
-    `epsilon` is that of the layers. Not to be jitted: statistics are merged on the host.
-
-    Returns:
-        `{"BatchNorm_0/mean": [], "BatchNorm_0/std": [], ...}`, of `population.statistics_gap`.
-    """
-    estimated = population.estimate(model, dict(variables), [batch.images])
-    gaps = population.statistics_gap(dict(variables), estimated, epsilon=epsilon)
-    return {
-        f"{layer}/{name}": value
-        for layer, gap in gaps.items()
-        for name, value in gap._asdict().items()
-    }
 
 
 def train_eval_discrepancy(
