@@ -169,10 +169,15 @@ def fold_batch_norm(model: MLP, variables: Mapping[str, Any]) -> tuple[MLP, dict
     own, layers = _initialize(model, variables)
     if len(layers) != len(model.hidden_sizes) or any(len(one.path) > 1 for one in layers):
         raise ValueError("the model normalizes by other layers than BatchNorm: none can be folded")
-    expected, given = (set(flatten_dict(one)) for one in (own, variables))
-    if wrong := {path[1] for path in expected ^ given if path[-1] != "count"}:
-        told = ", ".join(sorted(wrong))
-        raise ValueError(f"the variables are not those of the model; missing or surplus: {told}")
+    expected, given = (
+        {(path, jnp.shape(leaf)) for path, leaf in flatten_dict(one).items() if path[-1] != "count"}
+        for one in (own, variables)
+    )
+    if wrong := {path[1] for path, _ in expected ^ given}:
+        raise ValueError(
+            "the variables are not those of the model; missing, surplus or of another shape: "
+            f"{', '.join(sorted(wrong))}"
+        )
     params, stats = variables["params"], variables.get("batch_stats", {})
     folded = {name: dense for name, dense in params.items() if name.startswith("Dense_")}
     for k, layer in enumerate(layers):

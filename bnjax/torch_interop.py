@@ -115,7 +115,8 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
     Without batch normalization that of `nn.Sequential(Linear, activation, ..., Linear)`. A module
     with other names that lists its layers in this order takes
-    `dict(zip(module.state_dict(), to_torch(variables).values()))`.
+    `dict(zip(module.state_dict(), to_torch(variables).values()))`, as does one with its activations
+    before the normalizations, for an `MLP` with `norm_after`.
 
     Args:
         variables: of an `MLP`.

@@ -212,7 +212,12 @@ def test_unknown_names_are_refused_with_a_suggestion(call, message):
 
 @pytest.mark.parametrize(
     ("hidden_sizes", "told"),
-    [((5,), "BatchNorm_1, Dense_2"), ((5, 5, 5), "BatchNorm_2, Dense_3"), ((), "Dense_1")],
+    [
+        ((5,), "BatchNorm_1, Dense_1, Dense_2"),
+        ((5, 5, 5), "BatchNorm_2, Dense_2, Dense_3"),
+        ((5, 6), "of another shape: BatchNorm_1, Dense_1, Dense_2"),
+        ((), "Dense_1"),
+    ],
 )
 def test_fold_refuses_the_variables_of_another_network(hidden_sizes, told):
     variables = models.MLP((5, 5), 3).init(KEY, normal((2, 4)), train=True)
