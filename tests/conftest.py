@@ -2,8 +2,8 @@
 
 What one test has compiled, no other compiles again: tests, the processes among which they are
 dealt, and those that they start share JAX's cache of compiled programs, made anew for each suite.
-Most of the time is compilation, which takes a third less without LLVM's optimizations;
-`JAX_DISABLE_MOST_OPTIMIZATIONS=0` has the tests compiled as users have it.
+Most of the time is compilation, which takes a third less without LLVM's optimizations; where the
+last bits are the subject, `all_optimizations` compiles as users have it.
 """
 
 import os
@@ -29,6 +29,15 @@ def programs_of_one_file():
     yield
     jax.clear_caches()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # commands set it
+
+
+@pytest.fixture(scope="module")
+def all_optimizations():
+    """Programs round as those that users compile."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    before = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+    jax.config.update("jax_disable_most_optimizations", before == "1")
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ from reference import batch_norm, relative_error
 from bnjax.functional import BatchStats, batch_norm_eval, batch_norm_train, fold
 from bnjax.parallel.mesh import make_mesh
 
+pytestmark = pytest.mark.usefixtures("all_optimizations")
+
 
 def fresh_stats(features, dtype=jnp.float32):
     return BatchStats(jnp.zeros(features, dtype), jnp.ones(features, dtype))

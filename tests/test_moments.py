@@ -10,6 +10,8 @@ from reference import relative_error
 
 from bnjax.moments import Moments, centre, merge
 
+pytestmark = pytest.mark.usefixtures("all_optimizations")
+
 
 def normal(shape, offset=0.0, seed=0, dtype=np.float64):
     return (np.random.default_rng(seed).normal(size=shape) + offset).astype(dtype)

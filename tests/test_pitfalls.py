@@ -15,6 +15,8 @@ import bnjax
 from bnjax import functional
 from bnjax.functional import BatchStats, batch_norm_eval, batch_norm_train
 
+pytestmark = pytest.mark.usefixtures("all_optimizations")
+
 KEY = jax.random.key(0)
 
 
