@@ -125,10 +125,7 @@ class MLP(nn.Module):
         return (logits, features) if return_features else logits
 
     def _normalize(self, x: Array, train: bool) -> Array:
-        if self.norm is None:
-            return x
-        make = norms.norm(self.norm) if isinstance(self.norm, str) else self.norm
-        return make(train)(x)
+        return x if self.norm is None else norms.norm(self.norm)(train)(x)
 
     def _dense(self, size: int, x: Array) -> Array:
         bias_init = initializers.torch_default_bias(fan_in=x.shape[-1])
