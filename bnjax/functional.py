@@ -3,6 +3,11 @@
 Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
 Covariate Shift" (2015), algorithm 1, for input `[N, ..., C]`: features last, statistics over all
 other axes. How the moments stay accurate stands in `bnjax.moments`.
+
+Arguments are the same everywhere: `x` is `[N, ..., C]` floating point, and bfloat16 and float16 are
+computed in float32; `scale` and `bias` are `[C]`, or None for 1 and 0; `stats` are the running
+statistics, each `[C]`; `epsilon` is added to the variance, inside the root. What does not fit `x`
+is a `ValueError`. Results have the shape and dtype of `x`.
 """
 
 from numbers import Real
@@ -19,8 +24,7 @@ class BatchStats(NamedTuple):
     """Running statistics of one batch normalization layer.
 
     Attributes:
-        mean: `[C]` running mean, float32 (float64 for float64 input); starts at 0.
-        var: `[C]` running variance, of the same dtype; starts at 1.
+        mean, var: `[C]`, float32 (float64 for float64 input); they start at 0 and 1.
         count: `[]` int32, the number of batches seen. Used only with `momentum=None`.
     """
 
@@ -49,14 +53,10 @@ def batch_norm_train(
     This is Flax's momentum: PyTorch's is one minus this one.
 
     Args:
-        x: `[N, ..., C]` floating point; bfloat16 and float16 are computed in float32.
-        scale: `[C]`, or None for 1.
-        bias: `[C]`, or None for 0.
-        stats: running statistics, each `[C]`.
+        x, scale, bias, stats, epsilon: as the module says.
         momentum: what the running statistics keep of themselves, or None for the average over
             all batches seen (PyTorch's `momentum=None`); a missing `stats.count` then means 0,
             but `lax.scan` needs it to be there from the start.
-        epsilon: added to the variance, inside the root.
         ddof: which variance the running one tracks: 0 biased (Flax, Keras, Haiku, CS231n),
             1 unbiased, times n / (n - 1) (PyTorch). `y` always uses the biased one.
         mask: boolean of shape `x.shape[:-1]`. Rows where it is False come out as 0 and have no
@@ -65,13 +65,12 @@ def batch_norm_train(
             they are divided, so that devices with unequal counts are exact.
 
     Returns:
-        `y` with the shape and dtype of `x`, and the updated statistics. Where there are fewer than
-        two valid rows and only run time can know (a mask, a symbolic size of `jax.export`), the
-        statistics are returned as they came.
+        `y` and the updated statistics. Where there are fewer than two valid rows and only run time
+        can know (a mask, a symbolic size of `jax.export`), the statistics are returned as they
+        came.
 
     Raises:
-        ValueError: if the shapes leave fewer than two samples per feature, or an argument does
-            not fit `x`.
+        ValueError: also if the shapes leave fewer than two samples per feature.
 
     Source: Ioffe & Szegedy (2015), algorithm 1 and section 3.1.
 
@@ -118,22 +117,9 @@ def batch_norm_eval(
     *,
     epsilon: float = 1e-5,
 ) -> Array:
-    """Normalizes with the running statistics; every example is treated on its own.
+    """Normalizes with the running statistics; every example is treated on its own, for any N.
 
         y = scale * (x - stats.mean) / sqrt(stats.var + epsilon) + bias
-
-    Args:
-        x: `[N, ..., C]` floating point, any N.
-        scale: `[C]`, or None for 1.
-        bias: `[C]`, or None for 0.
-        stats: running statistics, each `[C]`.
-        epsilon: added to the variance, inside the root.
-
-    Returns:
-        `y` with the shape and dtype of `x`.
-
-    Raises:
-        ValueError: if an argument does not fit `x`.
 
     Source: Ioffe & Szegedy (2015), algorithm 2, steps 10 to 12.
 
@@ -168,16 +154,10 @@ def fold(
     Args:
         kernel: `[..., C]`, output features last, as Flax's Dense and Conv have it.
         bias: `[C]` bias of the linear layer, or None for 0.
-        scale: `[C]` of the normalization, or None for 1.
-        offset: `[C]`, the bias of the normalization, or None for 0.
-        stats: running statistics, each `[C]`.
-        epsilon: added to the variance, inside the root.
+        scale, offset: of the normalization, where `offset` is its bias.
 
     Returns:
         The kernel and bias of the one linear layer, of the dtype of `kernel`.
-
-    Raises:
-        ValueError: if an argument does not fit `kernel`.
 
     Source: Ioffe & Szegedy (2015), algorithm 2, step 11; Jacob et al., "Quantization and Training
     of Neural Networks for Efficient Integer-Arithmetic-Only Inference" (2018), section 3.2.

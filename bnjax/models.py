@@ -140,15 +140,13 @@ def fold_batch_norm(model: MLP, variables: Mapping[str, Any]) -> tuple[MLP, dict
 
     Args:
         model: whose `norm` makes `bnjax.BatchNorm` or Flax's, before the activations.
-        variables: its parameters and running statistics.
+        variables: its own, as `init` and training make them.
 
     Returns:
         The model with `norm=None` and its variables, `{"params": ...}`.
 
     Raises:
         ValueError: if the model has no batch normalization, or the variables are not its own.
-
-    Source: as `bnjax.functional.fold`.
 
     Example:
         >>> import jax
