@@ -87,7 +87,11 @@ def batch_norm_train(
     _check_arguments("x", x, stats, scale=scale, bias=bias)
     if mask is not None:
         mask = jnp.asarray(mask)
-        _check_mask(mask, x)
+        if mask.shape != x.shape[:-1] or mask.dtype != bool:
+            raise ValueError(
+                f"mask has shape {mask.shape} and dtype {mask.dtype}: x of shape {x.shape} needs "
+                f"{x.shape[:-1]} and bool, one value for every sample, True where x counts"
+            )
     if ddof not in (0, 1):
         raise ValueError(f"ddof is {ddof}: expected 0 (biased) or 1 (unbiased running variance)")
     if isinstance(momentum, Real) and not 0 <= momentum <= 1:
@@ -101,11 +105,10 @@ def batch_norm_train(
     if valid is not None:
         y = jnp.where(valid, y, 0)
 
-    stats = _prepare(stats, momentum, dtype)
     running_var = var * (count / jnp.maximum(count - 1, 1)) if ddof else var
-    updated = _update(stats, mean, running_var, momentum)
+    before, updated = _update(stats, mean, running_var, momentum)
     if valid is not None or not isinstance(x.size, int):
-        updated = jax.tree.map(lambda new, old: jnp.where(count >= 2, new, old), updated, stats)
+        updated = jax.tree.map(lambda new, old: jnp.where(count >= 2, new, old), updated, before)
     return y.reshape(x.shape).astype(x.dtype), updated
 
 
@@ -203,27 +206,22 @@ def _scale_and_shift(
     return y if bias is None else y + bias.astype(centred.dtype)[None]
 
 
-def _prepare(stats: BatchStats, momentum: float | None, dtype: jnp.dtype) -> BatchStats:
-    mean, var, count = stats
-    if momentum is not None:
-        count = None
-    elif count is None:
-        count = jnp.zeros((), jnp.int32)
-    return BatchStats(mean.astype(dtype), var.astype(dtype), count)
-
-
-def _update(stats: BatchStats, mean: Array, var: Array, momentum: float | None) -> BatchStats:
-    old_mean, old_var, count = stats
+def _update(
+    stats: BatchStats, mean: Array, var: Array, momentum: float | None
+) -> tuple[BatchStats, BatchStats]:
+    """The running statistics before a batch, of the dtype of its own, and after it."""
+    seen = count = None
     keep: Array | float
     if momentum is None:
-        assert count is not None
-        count = count + 1
+        seen = jnp.zeros((), jnp.int32) if stats.count is None else stats.count
+        count = seen + 1
         keep = 1 - 1 / count.astype(mean.dtype)
     else:
         keep = as_scalar(momentum, mean.dtype)
-    new_mean = keep * old_mean + (1 - keep) * mean
-    new_var = keep * old_var + (1 - keep) * var
-    return BatchStats(new_mean, new_var, count)
+    before = BatchStats(stats.mean.astype(mean.dtype), stats.var.astype(mean.dtype), seen)
+    new_mean = keep * before.mean + (1 - keep) * mean
+    new_var = keep * before.var + (1 - keep) * var
+    return before, BatchStats(new_mean, new_var, count)
 
 
 def _check_arguments(name: str, x: Array, stats: BatchStats, **vectors: Array | None) -> None:
@@ -238,13 +236,3 @@ def _check_arguments(name: str, x: Array, stats: BatchStats, **vectors: Array | 
             raise ValueError(
                 f"{key} has shape {value.shape}: {name} of shape {x.shape} needs {features}"
             )
-
-
-def _check_mask(mask: Array, x: Array) -> None:
-    if mask.shape != x.shape[:-1]:
-        raise ValueError(
-            f"mask has shape {mask.shape}: x of shape {x.shape} needs {x.shape[:-1]}, "
-            "one value for every sample"
-        )
-    if mask.dtype != bool:
-        raise ValueError(f"mask has dtype {mask.dtype}: expected bool, True where x counts")

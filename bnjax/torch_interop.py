@@ -11,14 +11,11 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import combinations, pairwise
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnjax import norms
-from bnjax.layers import BatchNorm
-from bnjax.models import MLP
+from bnjax.models import MLP, batch_norm_of
 
 # What PyTorch calls the arrays of a BatchNorm1d, and where Flax keeps them.
 BATCH_NORM = {
@@ -29,8 +26,8 @@ BATCH_NORM = {
     "num_batches_tracked": ("batch_stats", "count"),
 }
 
-# A layer that is found, and one that is expected, by PyTorch's names of its arrays. Expected are
-# Flax's path and PyTorch's shape, -1 for any length.
+# A layer that is found, and one that is expected, by PyTorch's names of its arrays. Of those that
+# are expected there are Flax's path and PyTorch's shape, whose last length is -1 if it may be any.
 Layer = Mapping[str, np.ndarray]
 Slot = Mapping[str, tuple[tuple[str, str, str], tuple[int, ...]]]
 
@@ -82,10 +79,8 @@ def from_torch(state_dict: Mapping[str, Any], model: MLP) -> dict[str, Any]:
             faults["surplus"].append(key)
     affine = None
     if model.norm is not None:
-        norm, x = norms.norm(model.norm)(False), np.zeros((1, 1), np.float32)
-        if not isinstance(norm, BatchNorm | nn.BatchNorm):
-            raise ValueError(f"the model normalizes by {type(norm).__name__}: expected BatchNorm")
-        affine = jax.eval_shape(lambda: norm.init(jax.random.key(0), x)).get("params", {})
+        norm = batch_norm_of(model)
+        affine = [leaf for leaf in ("scale", "bias") if getattr(norm, f"use_{leaf}")]
     slots = _slots((*model.hidden_sizes, model.num_classes), affine)
     matched = dict(zip(_match(layers, slots), slots.values(), strict=True))
     for name in {**matched, **layers}:
@@ -181,9 +176,7 @@ def _faults(name: str, layer: Layer, slot: Slot) -> list[tuple[str, str]]:
         shape = layer[leaf].shape if leaf in layer else expected
         if leaf not in layer and (leaf not in optional or not layer):
             faults.append(("missing", name + leaf))
-        if len(shape) != len(expected) or any(
-            b not in (a, -1) for a, b in zip(shape, expected, strict=True)
-        ):
+        if expected not in (shape, (*shape[:-1], -1)):
             told = f"{name}{leaf} {_show(shape)} (expected {_show(expected)})"
             faults.append(("of wrong shape", told))
     return faults + [("surplus", name + leaf) for leaf in layer if leaf not in slot]
@@ -206,19 +199,16 @@ def _match(layers: Mapping[str, Layer], slots: Mapping[str, Slot]) -> list[str]:
     # Text and numbers in turn, beginning with text.
     parts = {a: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", a)] for a in layers}
     left, places = sorted(layers, key=parts.__getitem__), list(range(len(slots)))
-    ordered = set()
+    before, after = ({name: set[str]() for name in layers} for _ in range(2))
     for a, b in combinations(left, 2):
         first = next((p for p, q in zip(parts[a], parts[b], strict=False) if p != q), "")
         if isinstance(first, int):
-            ordered.add((a, b))
+            before[b].add(a)
+            after[a].add(b)
     found: dict[int, str] = {}
     while left and places:
-        starts = [
-            b for b in left if places[0] in fits[b] and ordered.isdisjoint((a, b) for a in left)
-        ]
-        ends = [
-            a for a in left if places[-1] in fits[a] and ordered.isdisjoint((a, b) for b in left)
-        ]
+        starts = [a for a in left if places[0] in fits[a] and before[a].isdisjoint(left)]
+        ends = [a for a in left if places[-1] in fits[a] and after[a].isdisjoint(left)]
         if len(starts) == 1 or len(left) == len(places) == 1:
             place, name = places[0], *(starts or left)
         elif len(ends) == 1:
@@ -230,7 +220,7 @@ def _match(layers: Mapping[str, Layer], slots: Mapping[str, Slot]) -> list[str]:
         left.remove(name)
     if not places:
         return [found[k] for k in range(len(slots))]
-    if left and starts and ends and all(fits[name] for name in layers):
+    if len(left) == len(places) and starts and ends and all(fits[name] for name in left):
         raise ValueError(
             f"the order of the layers {', '.join(name[:-1] for name in left)} is not known from "
             "the numbers in their names, and their shapes fit more than one order: rename them "
