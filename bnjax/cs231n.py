@@ -2,8 +2,12 @@
 
 The assignment asks for the gradient twice: step by step through the computational graph, and
 simplified on paper to one expression. Both are here, and `jax.vjp` of the forward pass is a third.
-Unlike the assignment's, these functions change no argument: `bn_param` comes back as a new
-dictionary. Research code uses `bnjax.functional`.
+Everywhere `x`, `out` and their gradients `dx`, `dout` are `[N, D]` floating point, the scale gamma,
+the shift beta and theirs are `[D]`. Unlike the assignment's, these functions change no argument:
+`bn_param` comes back as a new dictionary. Research code uses `bnjax.functional`.
+
+Source: CS231n, assignment 2, `layers.py`; Ioffe & Szegedy (2015), algorithm 1 and section 3; Ba,
+Kiros & Hinton, "Layer Normalization" (2016), section 3.
 """
 
 from collections.abc import Mapping
@@ -19,9 +23,7 @@ class Cache:
     """What the forward pass keeps for the backward passes.
 
     Attributes:
-        x_centred: `[N, D]`, x - mu.
-        x_hat: `[N, D]`, x_centred / std.
-        std: `[1, D]`, sqrt(var + eps).
+        x_centred, x_hat, std: as in `batchnorm_forward`, std `[1, D]`.
         gamma: `[1, D]`, or `[N, 1]` in layer normalization.
         axis: the axis or axes that the gradients of gamma and beta are summed over.
         shape: what `dout` is reshaped to before, in Fortran's order.
@@ -47,9 +49,7 @@ def batchnorm_forward(
     with means over axis 0. In mode "test" the running statistics take the place of mu and var.
 
     Args:
-        x: `[N, D]` floating point.
-        gamma: `[D]` scale.
-        beta: `[D]` shift.
+        x, gamma, beta: as the module says.
         bn_param: `mode` ("train" or "test", required); `eps` (1e-5); `momentum` (0.9), what the
             running statistics keep of themselves; `running_mean` and `running_var` (`[D]`, from
             zeros). Where `axis` (0) is another one, the rows of `x` are features in disguise:
@@ -57,14 +57,12 @@ def batchnorm_forward(
             (that of `x`) summed over `axis`, and nothing is tracked.
 
     Returns:
-        `out` `[N, D]`; the cache for the backward passes (None in mode "test"); `bn_param` with
-        the new `running_mean` and `running_var`.
+        `out`; the cache for the backward passes (None in mode "test"); `bn_param` with the new
+        `running_mean` and `running_var`.
 
     Raises:
         ValueError: if the mode is neither "train" nor "test", `x` is not `[N, D]`, or gamma and
             beta do not fit it.
-
-    Source: CS231n, assignment 2, `layers.py`; Ioffe & Szegedy (2015), algorithm 1.
 
     Example:
         >>> x = jnp.array([[1.0], [3.0]])
@@ -114,17 +112,11 @@ def batchnorm_backward(dout: Array, cache: Cache | None) -> tuple[Array, Array, 
         x_centred = x - mu              dx = dx_centred, dmu = -sum(dx_centred)
         mu = mean(x)                    dx += dmu / N
 
-    Args:
-        dout: `[N, D]` gradient of the loss with respect to `out`.
-        cache: from `batchnorm_forward` in mode "train".
-
     Returns:
-        `dx` `[N, D]`, `dgamma` `[D]`, `dbeta` `[D]`, of the dtype of the inputs.
+        `dx`, `dgamma` and `dbeta`, of the dtype of the inputs.
 
     Raises:
         ValueError: if the cache is None, that of mode "test".
-
-    Source: CS231n, assignment 2; Ioffe & Szegedy (2015), section 3, in six equations.
 
     Example:
         >>> x, ones = jnp.array([[1.0], [3.0]]), jnp.ones(1)
@@ -133,9 +125,8 @@ def batchnorm_backward(dout: Array, cache: Cache | None) -> tuple[Array, Array, 
         >>> print(dgamma.round(3), dbeta)
         [1.] [3.]
     """
-    cache = _given(cache)
+    cache, dx_hat, dgamma, dbeta = _scale_and_shift_backward(dout, cache)
     n = dout.shape[0]
-    dx_hat, dgamma, dbeta = _scale_and_shift_backward(dout, cache)
     dx_centred = dx_hat / cache.std
     dstd = -(dx_hat * cache.x_centred).sum(axis=0, keepdims=True) / jnp.square(cache.std)
     dvar = dstd / (2 * cache.std)
@@ -149,7 +140,7 @@ def batchnorm_backward_alt(dout: Array, cache: Cache | None) -> tuple[Array, Arr
 
         dx = (dx_hat - mean(dx_hat) - x_hat * mean(dx_hat * x_hat)) / std,   dx_hat = gamma * dout
 
-    Arguments, results, errors and source as for `batchnorm_backward`.
+    Results and errors as for `batchnorm_backward`.
 
     Example:
         >>> x, ones = jnp.array([[1.0], [2.0], [6.0]]), jnp.ones(1)
@@ -159,8 +150,7 @@ def batchnorm_backward_alt(dout: Array, cache: Cache | None) -> tuple[Array, Arr
         >>> bool(jnp.allclose(one, other, atol=1e-6))
         True
     """
-    cache = _given(cache)
-    dx_hat, dgamma, dbeta = _scale_and_shift_backward(dout, cache)
+    cache, dx_hat, dgamma, dbeta = _scale_and_shift_backward(dout, cache)
     along = cache.x_hat * (dx_hat * cache.x_hat).mean(axis=0, keepdims=True)
     dx = (dx_hat - dx_hat.mean(axis=0, keepdims=True) - along) / cache.std
     return dx, dgamma, dbeta
@@ -175,19 +165,7 @@ def layernorm_forward(
 
         out.T = batchnorm_forward(x.T, gamma[:, None], beta[:, None])
 
-    Args:
-        x: `[N, D]` floating point.
-        gamma: `[D]` scale.
-        beta: `[D]` shift.
-        ln_param: `eps` (1e-5).
-
-    Returns:
-        `out` `[N, D]`, and the cache for `layernorm_backward`.
-
-    Raises:
-        ValueError: if `x` is not `[N, D]`.
-
-    Source: CS231n, assignment 2; Ba, Kiros & Hinton, "Layer Normalization" (2016), section 3.
+    `ln_param` has `eps` (1e-5). Results and errors as for `batchnorm_forward`, less `bn_param`.
 
     Example:
         >>> out, _ = layernorm_forward(jnp.array([[1.0, 3.0]]), jnp.ones(2), jnp.zeros(2), {})
@@ -205,14 +183,7 @@ def layernorm_backward(dout: Array, cache: Cache | None) -> tuple[Array, Array, 
 
         dx.T, dgamma, dbeta = batchnorm_backward_alt(dout.T)
 
-    Args:
-        dout: `[N, D]` gradient of the loss with respect to `out`.
-        cache: from `layernorm_forward`.
-
-    Returns:
-        `dx` `[N, D]`, `dgamma` `[D]`, `dbeta` `[D]`.
-
-    Source: CS231n, assignment 2.
+    Results as for `batchnorm_backward`.
 
     Example:
         >>> _, cache = layernorm_forward(jnp.array([[1.0, 3.0]]), jnp.ones(2), jnp.zeros(2), {})
@@ -230,15 +201,13 @@ def _as_matrix(x: Array) -> Array:
     return jnp.asarray(x)
 
 
-def _given(cache: Cache | None) -> Cache:
+def _scale_and_shift_backward(
+    dout: Array, cache: Cache | None
+) -> tuple[Cache, Array, Array, Array]:
+    """The cache, which must be one, and `dx_hat`, `dgamma` and `dbeta`."""
     if cache is None:
         raise ValueError("the cache is None: expected that of a forward pass in mode 'train'")
-    return cache
-
-
-def _scale_and_shift_backward(dout: Array, cache: Cache) -> tuple[Array, Array, Array]:
-    """`dx_hat`, `dgamma` and `dbeta` of `out = gamma * x_hat + beta`."""
     dout = jnp.asarray(dout)
     dgamma = (dout * cache.x_hat).reshape(cache.shape, order="F").sum(axis=cache.axis)
     dbeta = dout.reshape(cache.shape, order="F").sum(axis=cache.axis)
-    return dout * cache.gamma, dgamma, dbeta
+    return cache, dout * cache.gamma, dgamma, dbeta

@@ -3,6 +3,11 @@
 Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
 Covariate Shift" (2015), algorithm 1, for input `[N, ..., C]`: features last, statistics over all
 other axes. How the moments stay accurate stands in `bnjax.moments`.
+
+Arguments are the same everywhere: `x` is `[N, ..., C]` floating point, and bfloat16 and float16 are
+computed in float32; `scale` and `bias` are `[C]`, or None for 1 and 0; `stats` are the running
+statistics, each `[C]`; `epsilon` is added to the variance, inside the root. What does not fit `x`
+is a `ValueError`. Results have the shape and dtype of `x`.
 """
 
 from numbers import Real
@@ -19,8 +24,7 @@ class BatchStats(NamedTuple):
     """Running statistics of one batch normalization layer.
 
     Attributes:
-        mean: `[C]` running mean, float32 (float64 for float64 input); starts at 0.
-        var: `[C]` running variance, of the same dtype; starts at 1.
+        mean, var: `[C]`, float32 (float64 for float64 input); they start at 0 and 1.
         count: `[]` int32, the number of batches seen. Used only with `momentum=None`.
     """
 
@@ -49,14 +53,10 @@ def batch_norm_train(
     This is Flax's momentum: PyTorch's is one minus this one.
 
     Args:
-        x: `[N, ..., C]` floating point; bfloat16 and float16 are computed in float32.
-        scale: `[C]`, or None for 1.
-        bias: `[C]`, or None for 0.
-        stats: running statistics, each `[C]`.
+        x, scale, bias, stats, epsilon: as the module says.
         momentum: what the running statistics keep of themselves, or None for the average over
             all batches seen (PyTorch's `momentum=None`); a missing `stats.count` then means 0,
             but `lax.scan` needs it to be there from the start.
-        epsilon: added to the variance, inside the root.
         ddof: which variance the running one tracks: 0 biased (Flax, Keras, Haiku, CS231n),
             1 unbiased, times n / (n - 1) (PyTorch). `y` always uses the biased one.
         mask: boolean of shape `x.shape[:-1]`. Rows where it is False come out as 0 and have no
@@ -65,13 +65,12 @@ def batch_norm_train(
             they are divided, so that devices with unequal counts are exact.
 
     Returns:
-        `y` with the shape and dtype of `x`, and the updated statistics. Where there are fewer than
-        two valid rows and only run time can know (a mask, a symbolic size of `jax.export`), the
-        statistics are returned as they came.
+        `y` and the updated statistics. Where there are fewer than two valid rows and only run time
+        can know (a mask, a symbolic size of `jax.export`), the statistics are returned as they
+        came.
 
     Raises:
-        ValueError: if the shapes leave fewer than two samples per feature, or an argument does
-            not fit `x`.
+        ValueError: also if the shapes leave fewer than two samples per feature.
 
     Source: Ioffe & Szegedy (2015), algorithm 1 and section 3.1.
 
@@ -88,7 +87,11 @@ def batch_norm_train(
     _check_arguments("x", x, stats, scale=scale, bias=bias)
     if mask is not None:
         mask = jnp.asarray(mask)
-        _check_mask(mask, x)
+        if mask.shape != x.shape[:-1] or mask.dtype != bool:
+            raise ValueError(
+                f"mask has shape {mask.shape} and dtype {mask.dtype}: x of shape {x.shape} needs "
+                f"{x.shape[:-1]} and bool, one value for every sample, True where x counts"
+            )
     if ddof not in (0, 1):
         raise ValueError(f"ddof is {ddof}: expected 0 (biased) or 1 (unbiased running variance)")
     if isinstance(momentum, Real) and not 0 <= momentum <= 1:
@@ -102,11 +105,10 @@ def batch_norm_train(
     if valid is not None:
         y = jnp.where(valid, y, 0)
 
-    stats = _prepare(stats, momentum, dtype)
     running_var = var * (count / jnp.maximum(count - 1, 1)) if ddof else var
-    updated = _update(stats, mean, running_var, momentum)
+    before, updated = _update(stats, mean, running_var, momentum)
     if valid is not None or not isinstance(x.size, int):
-        updated = jax.tree.map(lambda new, old: jnp.where(count >= 2, new, old), updated, stats)
+        updated = jax.tree.map(lambda new, old: jnp.where(count >= 2, new, old), updated, before)
     return y.reshape(x.shape).astype(x.dtype), updated
 
 
@@ -118,22 +120,9 @@ def batch_norm_eval(
     *,
     epsilon: float = 1e-5,
 ) -> Array:
-    """Normalizes with the running statistics; every example is treated on its own.
+    """Normalizes with the running statistics; every example is treated on its own, for any N.
 
         y = scale * (x - stats.mean) / sqrt(stats.var + epsilon) + bias
-
-    Args:
-        x: `[N, ..., C]` floating point, any N.
-        scale: `[C]`, or None for 1.
-        bias: `[C]`, or None for 0.
-        stats: running statistics, each `[C]`.
-        epsilon: added to the variance, inside the root.
-
-    Returns:
-        `y` with the shape and dtype of `x`.
-
-    Raises:
-        ValueError: if an argument does not fit `x`.
 
     Source: Ioffe & Szegedy (2015), algorithm 2, steps 10 to 12.
 
@@ -168,16 +157,10 @@ def fold(
     Args:
         kernel: `[..., C]`, output features last, as Flax's Dense and Conv have it.
         bias: `[C]` bias of the linear layer, or None for 0.
-        scale: `[C]` of the normalization, or None for 1.
-        offset: `[C]`, the bias of the normalization, or None for 0.
-        stats: running statistics, each `[C]`.
-        epsilon: added to the variance, inside the root.
+        scale, offset: of the normalization, where `offset` is its bias.
 
     Returns:
         The kernel and bias of the one linear layer, of the dtype of `kernel`.
-
-    Raises:
-        ValueError: if an argument does not fit `kernel`.
 
     Source: Ioffe & Szegedy (2015), algorithm 2, step 11; Jacob et al., "Quantization and Training
     of Neural Networks for Efficient Integer-Arithmetic-Only Inference" (2018), section 3.2.
@@ -223,27 +206,22 @@ def _scale_and_shift(
     return y if bias is None else y + bias.astype(centred.dtype)[None]
 
 
-def _prepare(stats: BatchStats, momentum: float | None, dtype: jnp.dtype) -> BatchStats:
-    mean, var, count = stats
-    if momentum is not None:
-        count = None
-    elif count is None:
-        count = jnp.zeros((), jnp.int32)
-    return BatchStats(mean.astype(dtype), var.astype(dtype), count)
-
-
-def _update(stats: BatchStats, mean: Array, var: Array, momentum: float | None) -> BatchStats:
-    old_mean, old_var, count = stats
+def _update(
+    stats: BatchStats, mean: Array, var: Array, momentum: float | None
+) -> tuple[BatchStats, BatchStats]:
+    """The running statistics before a batch, of the dtype of its own, and after it."""
+    seen = count = None
     keep: Array | float
     if momentum is None:
-        assert count is not None
-        count = count + 1
+        seen = jnp.zeros((), jnp.int32) if stats.count is None else stats.count
+        count = seen + 1
         keep = 1 - 1 / count.astype(mean.dtype)
     else:
         keep = as_scalar(momentum, mean.dtype)
-    new_mean = keep * old_mean + (1 - keep) * mean
-    new_var = keep * old_var + (1 - keep) * var
-    return BatchStats(new_mean, new_var, count)
+    before = BatchStats(stats.mean.astype(mean.dtype), stats.var.astype(mean.dtype), seen)
+    new_mean = keep * before.mean + (1 - keep) * mean
+    new_var = keep * before.var + (1 - keep) * var
+    return before, BatchStats(new_mean, new_var, count)
 
 
 def _check_arguments(name: str, x: Array, stats: BatchStats, **vectors: Array | None) -> None:
@@ -258,13 +236,3 @@ def _check_arguments(name: str, x: Array, stats: BatchStats, **vectors: Array | 
             raise ValueError(
                 f"{key} has shape {value.shape}: {name} of shape {x.shape} needs {features}"
             )
-
-
-def _check_mask(mask: Array, x: Array) -> None:
-    if mask.shape != x.shape[:-1]:
-        raise ValueError(
-            f"mask has shape {mask.shape}: x of shape {x.shape} needs {x.shape[:-1]}, "
-            "one value for every sample"
-        )
-    if mask.dtype != bool:
-        raise ValueError(f"mask has dtype {mask.dtype}: expected bool, True where x counts")

@@ -40,14 +40,7 @@ KERNELS: dict[str, Initializer] = {
 
 
 def normal(std: float) -> Initializer:
-    """N(0, std^2), whatever the shape.
-
-    Args:
-        std: standard deviation, positive and finite.
-
-    Raises:
-        ValueError: if `std` is not.
-    """
+    """N(0, std^2), whatever the shape; a `ValueError` unless `std` is positive and finite."""
     if not (math.isfinite(std) and std > 0):
         raise ValueError(f"normal({std}): the standard deviation must be positive and finite")
     return initializers.normal(std)
@@ -72,10 +65,7 @@ def torch_default_bias(fan_in: int) -> Initializer:
 
 
 def kernel(name: str) -> Initializer:
-    """The kernel initializer of that name: a key of `KERNELS`, or `normal(STD)`.
-
-    Args:
-        name: e.g. `"xavier_uniform"` or `"normal(0.05)"`.
+    """The kernel initializer of that name: a key of `KERNELS`, or `normal(0.05)` or the like.
 
     Raises:
         ValueError: if there is none, with the nearest name.

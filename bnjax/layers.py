@@ -37,15 +37,11 @@ class BatchNorm(nn.Module):
             the variable `count` in `batch_stats`, which is kept up wherever it is found.
         epsilon: added to the variance, inside the root.
         dtype: dtype of the result; that of the input by default.
-        param_dtype: dtype of scale and bias.
-        use_bias: add a learned bias.
-        use_scale: multiply by a learned scale.
-        bias_init: initializer of the bias.
-        scale_init: initializer of the scale.
+        param_dtype, bias_init, scale_init: dtype and initializers of scale and bias.
+        use_bias, use_scale: whether to add a learned bias, to multiply by a learned scale.
         axis_name: mapped axis over which to share the batch statistics.
         axis_index_groups: must be None; sharing within groups of devices is not supported.
-        use_fast_variance: accepted for Flax's sake, changes nothing.
-        force_float32_reductions: accepted for Flax's sake, changes nothing.
+        use_fast_variance, force_float32_reductions: accepted for Flax's sake, change nothing.
         ddof: 0 tracks the biased variance (Flax), 1 the unbiased one (PyTorch).
         virtual_batch_size: normalize every so many consecutive examples on their own (ghost batch
             normalization, `bnjax.variants.virtual_batches`); must divide the batch.
@@ -85,18 +81,15 @@ class BatchNorm(nn.Module):
     def __call__(
         self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
     ) -> Array:
-        """Normalizes `x` over all axes but the feature axis.
+        """Normalizes `x`, whose shape the result has, over all axes but the feature axis.
 
         Args:
             x: `[N, ..., C]` floating point, with the features where `axis` says.
-            use_running_average: as the field, which may not be given as well.
+            use_running_average: instead of the field.
             mask: boolean of the shape of `x` without the feature axes, or of as many axes as `x`
                 with length 1 there, which is broadcast over the others, as `[N, 1, 1, 1]` over
                 images; samples where it is False count for nothing and come out as 0. Ignored with
                 running statistics, as in Flax.
-
-        Returns:
-            The normalized array, of the shape of `x`.
 
         Raises:
             ValueError: if training finds fewer than two samples per feature, a batch that
@@ -174,16 +167,10 @@ def features_last(
 ) -> tuple[Array, Array | None, tuple[int, ...]]:
     """Brings features to the end, as one axis.
 
-    Args:
-        x: an array of any shape.
-        axis: its feature axis or axes.
-        mask: as `BatchNorm` takes it.
+    Takes `x`, its feature axis or axes and a mask as `BatchNorm` does.
 
     Returns:
         `x` as `[N, ..., C]`, the mask as `[N, ...]`, and the shape of the features, of product C.
-
-    Raises:
-        ValueError: if `x` has no such axis.
 
     Example:
         >>> x, _, shape = features_last(jnp.zeros((5, 2, 3, 4)), axis=(1, -1))

@@ -13,19 +13,13 @@ from jax import Array
 
 from bnjax import initializers, norms
 from bnjax.functional import BatchStats, fold
-from bnjax.layers import normalizes
+from bnjax.layers import BatchNorm
 from bnjax.names import choose
 from bnjax.norms import Norm
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "relu": nn.relu,
-    "sigmoid": nn.sigmoid,
-    "tanh": nn.tanh,
-    "leaky_relu": nn.leaky_relu,
-    "elu": nn.elu,
-    "gelu": nn.gelu,
-    "silu": nn.silu,
-    "softplus": nn.softplus,
+    name: getattr(nn, name)
+    for name in ("relu", "sigmoid", "tanh", "leaky_relu", "elu", "gelu", "silu", "softplus")
 }
 
 
@@ -62,13 +56,12 @@ class MLP(nn.Module):
     Attributes:
         hidden_sizes: width of each hidden layer.
         num_classes: number of logits.
-        norm: what normalizes before each activation: None, a name of `bnjax.norms.NORMS`, or a
-            function `train -> module`.
+        norm: None, a name of `bnjax.norms.NORMS`, or a function `train -> module`.
         activation: what follows each hidden layer.
         kernel_init: initializer of all kernels.
         dropout_rate: share of the features of each hidden layer that training sets to 0, scaling
             the others by 1 / (1 - rate); below 1.
-        norm_after: normalize what leaves each activation instead.
+        norm_after: normalize what leaves each activation instead of what enters it.
 
     Example:
         >>> import jax
@@ -125,10 +118,7 @@ class MLP(nn.Module):
         return (logits, features) if return_features else logits
 
     def _normalize(self, x: Array, train: bool) -> Array:
-        if self.norm is None:
-            return x
-        make = norms.norm(self.norm) if isinstance(self.norm, str) else self.norm
-        return make(train)(x)
+        return x if self.norm is None else norms.norm(self.norm)(train)(x)
 
     def _dense(self, size: int, x: Array) -> Array:
         bias_init = initializers.torch_default_bias(fan_in=x.shape[-1])
@@ -141,17 +131,12 @@ def fold_batch_norm(model: MLP, variables: Mapping[str, Any]) -> tuple[MLP, dict
     Each normalization is merged into the Dense layer before it (`bnjax.functional.fold`), with its
     own epsilon, and with scale and bias where it has them.
 
-    Args:
-        model: whose `norm` makes `bnjax.BatchNorm` or Flax's, before the activations.
-        variables: its parameters and running statistics.
-
     Returns:
         The model with `norm=None` and its variables, `{"params": ...}`.
 
     Raises:
-        ValueError: if the model has no batch normalization, or the variables are not its own.
-
-    Source: as `bnjax.functional.fold`.
+        ValueError: if the model has not `bnjax.BatchNorm` or Flax's before its activations, or the
+            variables are not its own.
 
     Example:
         >>> import jax
@@ -166,9 +151,10 @@ def fold_batch_norm(model: MLP, variables: Mapping[str, Any]) -> tuple[MLP, dict
         raise ValueError("the model has norm=None: there is nothing to fold")
     if model.norm_after:
         raise ValueError("the model normalizes after its activations: none can be folded")
-    own, layers = _initialize(model, variables)
-    if len(layers) != len(model.hidden_sizes) or any(len(one.path) > 1 for one in layers):
-        raise ValueError("the model normalizes by other layers than BatchNorm: none can be folded")
+    norm = batch_norm_of(model)
+    kernel = variables["params"].get("Dense_0", {}).get("kernel", jnp.zeros((1, 1)))
+    images = jax.ShapeDtypeStruct((2, kernel.shape[0]), jnp.float32)
+    own = jax.eval_shape(partial(model.init, train=True), jax.random.key(0), images)
     expected, given = (
         {(path, jnp.shape(leaf)) for path, leaf in flatten_dict(one).items() if path[-1] != "count"}
         for one in (own, variables)
@@ -180,30 +166,28 @@ def fold_batch_norm(model: MLP, variables: Mapping[str, Any]) -> tuple[MLP, dict
         )
     params, stats = variables["params"], variables.get("batch_stats", {})
     folded = {name: dense for name, dense in params.items() if name.startswith("Dense_")}
-    for k, layer in enumerate(layers):
-        dense, affine = folded[f"Dense_{k}"], params.get(layer.name, {})
+    for k in range(len(model.hidden_sizes)):
+        name = f"{type(norm).__name__}_{k}"
+        dense, affine = folded[f"Dense_{k}"], params.get(name, {})
         kernel, bias = fold(
             dense["kernel"],
             dense["bias"],
             affine.get("scale"),
             affine.get("bias"),
-            BatchStats(**stats[layer.name]),
-            layer.epsilon,
+            BatchStats(**stats[name]),
+            norm.epsilon,
         )
         folded[f"Dense_{k}"] = {"kernel": kernel, "bias": bias}
     return model.clone(norm=None), {"params": folded}
 
 
-def _initialize(model: MLP, variables: Mapping[str, Any]) -> tuple[Any, list[nn.Module]]:
-    """The shapes of fresh variables, and the layers that normalize, from the input on."""
-    layers: list[nn.Module] = []
+def batch_norm_of(model: MLP) -> BatchNorm | nn.BatchNorm:
+    """The batch normalization that a model has before or after each of its activations.
 
-    def note(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        if normalizes(context):
-            layers.append(context.module)
-        return next_fun(*args, **kwargs)
-
-    kernel = variables["params"].get("Dense_0", {}).get("kernel", jnp.zeros((1, 1)))
-    images = jax.ShapeDtypeStruct((2, kernel.shape[0]), jnp.float32)
-    with nn.intercept_methods(note):
-        return jax.eval_shape(partial(model.init, train=True), jax.random.key(0), images), layers
+    Raises:
+        ValueError: if it normalizes by another kind of layer.
+    """
+    norm = None if model.norm is None else norms.norm(model.norm)(False)
+    if not isinstance(norm, BatchNorm | nn.BatchNorm):
+        raise ValueError(f"the model normalizes by {type(norm).__name__}: expected BatchNorm")
+    return norm

@@ -19,13 +19,7 @@ SUM_BLOCK = 64
 
 
 class Moments(NamedTuple):
-    """First two moments of a set of samples.
-
-    Attributes:
-        mean: `[C]`.
-        var: `[C]`, biased: divided by the count.
-        count: `[]` or `[C]`, number of samples, floating point.
-    """
+    """Mean `[C]`, biased variance `[C]` and floating point number `[]` or `[C]` of samples."""
 
     mean: Array
     var: Array

@@ -1,6 +1,7 @@
 """Choosing by name, with a message that helps where there is no such name."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -21,3 +22,15 @@ def choose(what: str, name: str, names: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     raise ValueError(f"unknown {what} {name!r}: {hint}Known: {', '.join(names)}")
+
+
+def split_number(name: str) -> tuple[str, int]:
+    """Splits `NAME(NUMBER)`; where there is no whole number of one to nine digits, that is 0.
+
+    Example:
+        >>> split_number("ghost(25)"), split_number("group(1.5)"), split_number("batch")
+        (('ghost', 25), ('group', 0), ('batch', 0))
+    """
+    family, _, rest = name.partition("(")
+    match = re.fullmatch(r"([0-9]{1,9})\)", rest)
+    return family, int(match[1]) if match else 0

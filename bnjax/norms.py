@@ -1,7 +1,6 @@
 """Normalizations by name, as `bnjax.models` takes them: each makes a module for training or not."""
 
 import math
-import re
 from collections.abc import Callable
 from functools import partial
 
@@ -11,7 +10,7 @@ from jax import Array, lax
 
 from bnjax.layers import BatchNorm
 from bnjax.moments import centre, check_sample_count, statistics_dtype
-from bnjax.names import choose
+from bnjax.names import choose, split_number
 
 EPSILON = 1e-5
 
@@ -28,7 +27,7 @@ class GroupNorm(nn.Module):
     for every factor of a thousand by which data are away from zero.
 
     Attributes:
-        num_groups: into so many parts the features are cut; must divide them.
+        num_groups: into so many parts the features are cut; must divide them, or `ValueError`.
         centred: subtract the mean and add a bias; without it this is root mean square
             normalization, `y = scale * x / sqrt(mean(x^2) + epsilon)`.
 
@@ -48,11 +47,7 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Normalizes `x`, `[N, ..., C]` floating point.
-
-        Raises:
-            ValueError: if it is not, or the groups do not divide C.
-        """
+        """Normalizes `x`, `[N, ..., C]` floating point; a `ValueError` says if it is not."""
         x = _check(x, self.num_groups)
         dtype, features = statistics_dtype(x), x.shape[-1:]
         cut = (self.num_groups, features[0] // self.num_groups)
@@ -96,8 +91,7 @@ class MeanOnlyBatchNorm(nn.Module):
         """Normalizes `x`, `[N, ..., C]` floating point.
 
         Raises:
-            ValueError: if it is not, or training finds fewer than two samples per feature; `init`
-                accepts any number.
+            ValueError: if it is not, or, but for `init`, there are too few samples to train with.
         """
         x = _check(x)
         dtype, features = statistics_dtype(x), x.shape[-1:]
@@ -135,32 +129,26 @@ def _batch(train: bool, **fields: object) -> nn.Module:
     return BatchNorm(use_running_average=not train, **settings)  # type: ignore[arg-type]
 
 
-def _ghost(size: int) -> Norm:
-    return partial(_batch, virtual_batch_size=size)
-
-
-def _group(groups: int) -> Norm:
-    return lambda train: GroupNorm(groups)
-
-
 NORMS: dict[str, Callable] = {
     "batch": _batch,
-    "ghost(SIZE)": _ghost,
+    "ghost(SIZE)": lambda size: partial(_batch, virtual_batch_size=size),
     "renorm": partial(_batch, renorm=(3.0, 5.0)),
     "layer": lambda train: GroupNorm(),
     "rms": lambda train: GroupNorm(centred=False),
-    "group(GROUPS)": _group,
+    "group(GROUPS)": lambda groups: lambda train: GroupNorm(groups),
     "mean_only": lambda train: MeanOnlyBatchNorm(use_running_average=not train),
     "batch_no_affine": partial(_batch, use_scale=False, use_bias=False),
 }
 """By name what makes a module of `train`; those with a parameter make that of a number first."""
 
+# The names with a number, and the least that it may be.
+_FAMILIES = {"ghost": ("ghost(SIZE)", 2), "group": ("group(GROUPS)", 1)}
 
-def norm(name: str) -> Norm:
-    """The normalization of that name, a key of `NORMS`, its parameter in parentheses a number.
 
-    Args:
-        name: e.g. `"batch"` or `"group(8)"`.
+def norm(name: str | Norm) -> Norm:
+    """The normalization of that name, a key of `NORMS` such as `"batch"` or `"group(8)"`.
+
+    What is no name is given back.
 
     Raises:
         ValueError: if there is none, with the nearest name, or its number is none or too small.
@@ -169,10 +157,13 @@ def norm(name: str) -> Norm:
         >>> norm("ghost(25)")(True).virtual_batch_size
         25
     """
-    if match := re.fullmatch(r"(ghost|group)(?:\((.*)\))?", name):
-        make, least = {"ghost": (_ghost, 2), "group": (_group, 1)}[match[1]]
-        if not re.fullmatch("[0-9]{1,9}", match[2] or "") or int(match[2]) < least:
-            expected = f"expected a whole number of at least {least}, as in {match[1]}(8)"
-            raise ValueError(f"norm {name}: {expected}")
-        return make(int(match[2]))
-    return NORMS[choose("norm", name, NORMS)]
+    if not isinstance(name, str):
+        return name
+    family, number = split_number(name)
+    if family not in _FAMILIES:
+        return NORMS[choose("norm", name, NORMS)]
+    key, least = _FAMILIES[family]
+    if number < least:
+        expected = f"expected a whole number of at least {least}, as in {family}(8)"
+        raise ValueError(f"norm {name}: {expected}")
+    return NORMS[key](number)

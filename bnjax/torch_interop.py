@@ -8,18 +8,16 @@ tensors are taken too, but PyTorch itself is never imported.
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from itertools import combinations, pairwise, permutations
+from itertools import combinations, pairwise
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnjax import norms
-from bnjax.layers import BatchNorm
-from bnjax.models import MLP
+from bnjax.models import MLP, batch_norm_of
 
+# What PyTorch calls the arrays of a BatchNorm1d, and where Flax keeps them.
 BATCH_NORM = {
     "weight": ("params", "scale"),
     "bias": ("params", "bias"),
@@ -27,13 +25,11 @@ BATCH_NORM = {
     "running_var": ("batch_stats", "var"),
     "num_batches_tracked": ("batch_stats", "count"),
 }
-"""What PyTorch calls the arrays of a BatchNorm1d, and where Flax keeps them."""
 
+# A layer that is found, and one that is expected, by PyTorch's names of its arrays. Of those that
+# are expected there are Flax's path and PyTorch's shape, whose last length is -1 if it may be any.
 Layer = Mapping[str, np.ndarray]
-"""A layer that is found, by PyTorch's names of its arrays."""
-
 Slot = Mapping[str, tuple[tuple[str, str, str], tuple[int, ...]]]
-"""A layer that is expected: Flax's path and PyTorch's shape of each array, -1 for any length."""
 
 
 def from_torch(state_dict: Mapping[str, Any], model: MLP) -> dict[str, Any]:
@@ -46,20 +42,18 @@ def from_torch(state_dict: Mapping[str, Any], model: MLP) -> dict[str, Any]:
 
     Args:
         state_dict: `{"0.weight": [out, in], "0.bias": [out], "1.running_mean": [C], ...}` of
-            Linear and, where the model normalizes, BatchNorm1d layers, as arrays or CPU tensors.
-            There may be no bias in a Linear (it becomes 0), neither weight nor bias in a
-            BatchNorm1d (`affine=False`; they become 1 and 0), and no `num_batches_tracked` (and no
-            `count`).
-        model: whose `hidden_sizes`, `num_classes` and `norm`, a batch normalization or None, say
-            what is expected.
+            Linear and BatchNorm1d layers, as arrays or CPU tensors. A Linear may lack its bias (it
+            becomes 0), a BatchNorm1d weight and bias together (they become 1 and 0) and
+            `num_batches_tracked` (then there is no `count`).
+        model: which normalizes by BatchNorm or not at all.
 
     Returns:
         `{"params": ..., "batch_stats": ...}`, copies as NumPy arrays of the dtypes they came with.
 
     Raises:
         TypeError: if `state_dict` is no mapping from names; files are never opened or unpickled.
-        ValueError: naming layers whose order is not known, or all missing and surplus keys and all
-            wrong shapes, or, where nothing tells which layers are meant, all that were found and
+        ValueError: naming layers whose order is not known, or all keys that are missing, surplus or
+            of wrong shape, or, where nothing tells which layers are meant, all that were found and
             expected; or a value that is no array of numbers; or a model that normalizes otherwise.
 
     Source: `torch.nn.Linear`, `torch.nn.BatchNorm1d`, section Variables of their documentation.
@@ -85,11 +79,8 @@ def from_torch(state_dict: Mapping[str, Any], model: MLP) -> dict[str, Any]:
             faults["surplus"].append(key)
     affine = None
     if model.norm is not None:
-        make = norms.norm(model.norm) if isinstance(model.norm, str) else model.norm
-        norm, x = make(False), np.zeros((1, 1), np.float32)
-        if not isinstance(norm, BatchNorm | nn.BatchNorm):
-            raise ValueError(f"the model normalizes by {type(norm).__name__}: expected BatchNorm")
-        affine = jax.eval_shape(lambda: norm.init(jax.random.key(0), x)).get("params", {})
+        norm = batch_norm_of(model)
+        affine = [leaf for leaf in ("scale", "bias") if getattr(norm, f"use_{leaf}")]
     slots = _slots((*model.hidden_sizes, model.num_classes), affine)
     matched = dict(zip(_match(layers, slots), slots.values(), strict=True))
     for name in {**matched, **layers}:
@@ -113,25 +104,19 @@ def from_torch(state_dict: Mapping[str, Any], model: MLP) -> dict[str, Any]:
 def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The `state_dict` of `nn.Sequential(Linear, BatchNorm1d, activation, ..., Linear)`.
 
-    Without batch normalization that of `nn.Sequential(Linear, activation, ..., Linear)`. A module
-    with other names that lists its layers in this order takes
-    `dict(zip(module.state_dict(), to_torch(variables).values()))`, as does one with its activations
-    before the normalizations, for an `MLP` with `norm_after`.
-
-    Args:
-        variables: of an `MLP`.
+    Without batch normalization there are only Linear layers and activations. A module with other
+    names that lists its layers in this order takes
+    `dict(zip(module.state_dict(), to_torch(variables).values()))`, as must one with its activations
+    before the normalizations: variables do not tell an `MLP` with `norm_after` from one without.
 
     Returns:
         Copies as NumPy arrays, to be loaded with
-        `module.load_state_dict({key: torch.tensor(value) for key, value in ....items()})`. The
-        scale and bias that normalization lacks are left out, as with `affine=False`. Where
-        `batch_stats` has no `count`, `num_batches_tracked` is 0, with which PyTorch's momentum of
-        0.1 has nothing to do.
+        `module.load_state_dict({key: torch.tensor(value) for key, value in ....items()})`, without
+        the scale and bias that normalization lacks, as with `affine=False`. Without a `count`,
+        `num_batches_tracked` is 0, with which PyTorch's momentum of 0.1 has nothing to do.
 
     Raises:
         ValueError: if the variables are not those of an `MLP`.
-
-    Source: as `from_torch`.
 
     Example:
         >>> import jax
@@ -191,70 +176,62 @@ def _faults(name: str, layer: Layer, slot: Slot) -> list[tuple[str, str]]:
         shape = layer[leaf].shape if leaf in layer else expected
         if leaf not in layer and (leaf not in optional or not layer):
             faults.append(("missing", name + leaf))
-        if len(shape) != len(expected) or any(
-            b not in (a, -1) for a, b in zip(shape, expected, strict=True)
-        ):
+        if expected not in (shape, (*shape[:-1], -1)):
             told = f"{name}{leaf} {_show(shape)} (expected {_show(expected)})"
             faults.append(("of wrong shape", told))
     return faults + [("surplus", name + leaf) for leaf in layer if leaf not in slot]
 
 
 def _match(layers: Mapping[str, Layer], slots: Mapping[str, Slot]) -> list[str]:
-    """The layers' names in the order of the slots; if not all fit, as they seem to be meant."""
-    nearest, fitting = {}, {}
-    for name, layer in layers.items():
-        faults = [len(_faults(name, layer, slot)) for slot in slots.values()]
-        nearest[name] = {k for k, number in enumerate(faults) if number == min(faults)}
-        if min(faults) == 0:
-            fitting[name] = nearest[name]
-    anywhere = {name: set(range(len(slots))) for name in layers}
-    for options in (nearest, fitting, anywhere):
-        places = _narrow(options) if len(options) == len(slots) else {}
-        if places and all(len(ks) == 1 for ks in places.values()):
-            return sorted(places, key=lambda name: min(places[name]))
-        if places and options == fitting:
-            undecided = ", ".join(name[:-1] for name, ks in places.items() if len(ks) > 1)
-            raise ValueError(
-                f"the order of the layers {undecided} is not known from the numbers in their "
-                "names, and their shapes fit more than one order: rename them with numbers, as in "
-                "fc1, fc2"
-            )
+    """The layers' names in the order of the slots; if not all fit, as they seem to be meant.
+
+    The first slot takes the one layer that fits it and has no layer before it, the last the one
+    that has none after it, and so on inwards: no other order is possible.
+    """
     prefixes = {re.sub(r"\d+\.$", "", name) for name in layers}
-    names = [(min(prefixes) if len(prefixes) == 1 else "") + name for name in slots]
-    if set(layers) < set(names) or set(layers) > set(names):
-        return names
-    found = (f"{name}{max(one)} {_show(one[max(one)].shape)}" for name, one in layers.items())
+    usual = [(min(prefixes) if len(prefixes) == 1 else "") + name for name in slots]
+    if layers.keys() <= set(usual) or layers.keys() >= set(usual):
+        return usual
+    fits = {
+        name: {k for k, slot in enumerate(slots.values()) if not _faults(name, layer, slot)}
+        for name, layer in layers.items()
+    }
+    # Text and numbers in turn, beginning with text.
+    parts = {a: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", a)] for a in layers}
+    left, places = sorted(layers, key=parts.__getitem__), list(range(len(slots)))
+    before, after = ({name: set[str]() for name in layers} for _ in range(2))
+    for a, b in combinations(left, 2):
+        first = next((p for p, q in zip(parts[a], parts[b], strict=False) if p != q), "")
+        if isinstance(first, int):
+            before[b].add(a)
+            after[a].add(b)
+    found: dict[int, str] = {}
+    while left and places:
+        starts = [a for a in left if places[0] in fits[a] and before[a].isdisjoint(left)]
+        ends = [a for a in left if places[-1] in fits[a] and after[a].isdisjoint(left)]
+        if len(starts) == 1 or len(left) == len(places) == 1:
+            place, name = places[0], *(starts or left)
+        elif len(ends) == 1:
+            place, name = places[-1], *ends
+        else:
+            break
+        found[place] = name
+        places.remove(place)
+        left.remove(name)
+    if not places:
+        return [found[k] for k in range(len(slots))]
+    if len(left) == len(places) and starts and ends and all(fits[name] for name in left):
+        raise ValueError(
+            f"the order of the layers {', '.join(name[:-1] for name in left)} is not known from "
+            "the numbers in their names, and their shapes fit more than one order: rename them "
+            "with numbers, as in fc1, fc2"
+        )
+    shapes = (f"{name}{max(one)} {_show(one[max(one)].shape)}" for name, one in layers.items())
     expected = (f"{max(one)} {_show(one[max(one)][1])}" for one in slots.values())
     raise ValueError(
-        f"the state_dict does not fit the model: found {', '.join(found)}, expected, in the order "
+        f"the state_dict does not fit the model: found {', '.join(shapes)}, expected, in the order "
         f"of the numbers in their names, {', '.join(expected)}"
     )
-
-
-def _narrow(options: Mapping[str, set[int]]) -> dict[str, set[int]]:
-    """The places left to each name by the numbers in the names, by names that have only one place,
-    and by places that only one name can take; `{}` if a name has none."""
-    # Text and numbers in turn, beginning with text.
-    parts = {a: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", a)] for a in options}
-    names = sorted(options, key=parts.__getitem__)
-    pairs = []
-    for a, b in combinations(names, 2):
-        first = next((p for p, q in zip(parts[a], parts[b], strict=False) if p != q), "")
-        pairs += [(a, b)][: isinstance(first, int)]
-    places, before = {name: options[name] for name in names}, dict[str, set[int]]()
-    while places != before and all(places.values()):
-        before = dict(places)
-        for a, b in pairs:
-            places[b] = {k for k in places[b] if k > min(places[a], default=k)}
-        for a, b in reversed(pairs):
-            places[a] = {k for k in places[a] if k < max(places[b], default=k)}
-        for a, b in permutations(names, 2):
-            if len(places[a]) == 1:
-                places[b] = places[b] - places[a]
-        for k in range(len(names)):
-            if len(takers := [name for name in names if k in places[name]]) == 1:
-                places[takers[0]] = {k}
-    return places if all(places.values()) else {}
 
 
 def _show(shape: tuple[int, ...]) -> str:

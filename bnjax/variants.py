@@ -22,13 +22,11 @@ def virtual_batches(train: Train, size: int) -> Train:
 
     Args:
         train: `(x, scale, bias, stats, *, mask) -> (y, stats)`, such as `batch_norm_train`.
-        size: examples in a virtual batch; must divide the batch.
+        size: examples in a virtual batch.
 
     Returns:
-        A function of the same form.
-
-    Raises:
-        ValueError: that function, as `train`, or if `size` does not divide the batch.
+        A function of the same form, which also raises `ValueError` if `size` does not divide the
+        batch.
 
     Example:
         >>> train = virtual_batches(batch_norm_train, 2)
@@ -103,19 +101,9 @@ def batch_renorm_train(
     relaxes to (3, 5) during the first part of the training.
 
     Args:
-        x: `[N, ..., C]` floating point.
-        scale: `[C]`, or None for 1.
-        bias: `[C]`, or None for 0.
-        stats: running statistics before the batch, each `[C]`.
-        limits: r_max, at least 1, and d_max, at least 0. They may be traced, to be scheduled
-            without compiling again.
-        epsilon, mask, axis_name, settings: as for `batch_norm_train`.
-
-    Returns:
-        As `batch_norm_train`.
-
-    Raises:
-        ValueError: as `batch_norm_train`, or if the limits are out of range.
+        limits: r_max, at least 1, and d_max, at least 0, or `ValueError`. They may be traced, to be
+            scheduled without compiling again. All else, and what comes back, is as for
+            `batch_norm_train`.
 
     Example:
         >>> stats = BatchStats(mean=jnp.array([0.0]), var=jnp.array([4.0]))

@@ -362,8 +362,8 @@ def test_what_cannot_be_folded_is_refused(change, message):
         ({"scale": jnp.ones(2)}, r"scale has shape \(2,\): x of shape \(4, 3\) needs \(3,\)"),
         ({"bias": jnp.ones((1, 3))}, r"bias has shape \(1, 3\)"),
         ({"stats": fresh_stats(4)}, r"stats.mean has shape \(4,\)"),
-        ({"mask": jnp.ones(3, bool)}, r"mask has shape \(3,\): .* needs \(4,\)"),
-        ({"mask": jnp.ones(4, jnp.float32)}, "mask has dtype float32: expected bool"),
+        ({"mask": jnp.ones(3, bool)}, r"mask has shape \(3,\) .* needs \(4,\)"),
+        ({"mask": jnp.ones(4, jnp.float32)}, r"mask .* dtype float32: .* and bool"),
         ({"ddof": 2}, "ddof is 2: expected 0"),
     ],
 )

@@ -258,5 +258,5 @@ def test_other_normalizations_are_not_folded():
         return nn.LayerNorm()
 
     model = models.MLP((6,), 3, norm_of(norm))
-    with pytest.raises(ValueError, match="other layers than BatchNorm: none can be folded"):
+    with pytest.raises(ValueError, match="normalizes by LayerNorm: expected BatchNorm"):
         models.fold_batch_norm(model, model.init(KEY, normal((4, 7)), train=True))

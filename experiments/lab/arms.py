@@ -2,7 +2,6 @@
 
 import difflib
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,6 +10,7 @@ import flax.linen as nn
 import optax
 
 from bnjax import initializers, models
+from bnjax.names import split_number
 from bnjax.paired import Arm
 from experiments.lab.presets import Experiment
 
@@ -95,18 +95,12 @@ def find(name: str, own: Sequence[ArmSpec] = ()) -> ArmSpec:
     table = {**ARMS, **{spec.name: spec for spec in own}}
     if name in table:
         return table[name]
-    family, number = _split(name)
+    family, number = split_number(name)
     if family in FAMILIES and number >= FAMILIES[family][1]:
         return FAMILIES[family][0](number)
     known = [*table, "ghost_bn(SIZE)", "group_norm(GROUPS)"]
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
     raise ValueError(f"unknown arm {name!r}: did you mean {nearest!r}? Known: {', '.join(known)}")
-
-
-def _split(name: str) -> tuple[str, int]:
-    """`ghost_bn(25)` as its family and its number; a name without a number as no family."""
-    match = re.fullmatch(r"(\w+)\((\d{1,9})\)", name, re.ASCII)
-    return (match[1], int(match[2])) if match else ("", 0)
 
 
 def choose(experiment: Experiment, own: Sequence[ArmSpec] = ()) -> list[ArmSpec]:
@@ -140,8 +134,8 @@ def check_sizes(experiment: Experiment, examples: int) -> None:
     last = 0 if experiment.drop_last else examples % experiment.batch_size
     whole = {"batch": (experiment.batch_size, last), "width": experiment.hidden_sizes}
     for name in experiment.arms:
-        family, number = _split(name)
-        if family not in FAMILIES:
+        family, number = split_number(name)
+        if family not in FAMILIES or not number:
             continue
         _, least, what = FAMILIES[family]
         common = math.gcd(*whole[what])
