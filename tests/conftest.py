@@ -7,6 +7,7 @@ last bits are the subject, `all_optimizations` compiles as users have it.
 """
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -45,6 +46,14 @@ def strict_promotion():
     """Mixing dtypes raises, as optax and Flax's own layers cannot bear everywhere."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture
+def python_sigint():
+    """Ctrl-C raises, also where a shell started pytest in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

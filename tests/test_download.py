@@ -304,7 +304,7 @@ def test_file_that_cannot_be_written_is_an_error(server):
     assert kept() == []
 
 
-def test_interrupt_is_obeyed_at_once(server):
+def test_interrupt_is_obeyed_at_once(server, python_sigint):
     def interrupt(request: Request, content: bytes) -> None:
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         stalled(request, content)

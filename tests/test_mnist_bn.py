@@ -763,14 +763,6 @@ class TestDivergence:
         assert summary["differences"]["bn"]["test_loss"]["n"] == 3 - len(replicates)
 
 
-@pytest.fixture
-def python_sigint():
-    """Ctrl-C raises, also where a shell started pytest in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 class TestStopping:
     @pytest.mark.slow
     @pytest.mark.parametrize(
