@@ -1,32 +1,28 @@
 import json
-import os
 from functools import partial
 
 import jax
 import numpy as np
 import pytest
+from factories import noise
 
+from bnjax.data import Dataset
 from experiments.benchmark import __main__ as benchmark
-from experiments.benchmark import loops, operation, turns
-from experiments.lab.presets import BOOSTCOURSE
+from experiments.benchmark import epoch, operation, scaling, turns
+from experiments.benchmark.scaling import Layout
 
 
-@pytest.fixture
-def data(tmp_path):
-    rng = np.random.default_rng(0)
-    arrays = {}
-    for part, count in (("train", 250), ("test", 30)):
-        arrays[f"{part}_images"] = rng.integers(0, 256, (count, 28, 28), np.uint8)
-        arrays[f"{part}_labels"] = rng.integers(0, 10, count).astype(np.int32)
-    np.savez(tmp_path / "data.npz", **arrays)
-    return str(tmp_path / "data.npz")
-
-
-def test_contenders_take_turns():
+def test_contenders_take_turns_and_the_first_does_not_count():
     called = []
     calls = {name: lambda name=name: called.append(name) or len(called) for name in ("a", "b")}
-    assert turns.interleave(calls, repeats=3) == {"a": [1, 3, 5], "b": [2, 4, 6]}
+    assert turns.take_turns(calls, repeats=2) == {"a": [3, 5], "b": [4, 6]}
     assert called == ["a", "b"] * 3
+
+
+def test_medians_are_compared():
+    rows = turns.compare({"a": [1, 9, 2], "b": [4, 4, 4]}, "s", "b")
+    assert rows[0] == {"": "a", "s": "2", "spread": "4", "/ b": "0.50"}
+    assert rows[1] == {"": "b", "s": "4", "spread": "0", "/ b": "1.00"}
 
 
 def test_short_calls_are_repeated():
@@ -37,63 +33,40 @@ def test_short_calls_are_repeated():
     assert len(called) - before > 1000
 
 
-def test_every_contender_computes_the_same():
-    x, gradient = (np.random.default_rng(k).normal(size=(20, 3)).astype("f4") for k in (0, 1))
-    calls = operation.contenders(x, gradient)
-    assert {"bnjax", "Flax", "Flax, two-pass variance"} <= set(calls)
-    results = [call() for call in calls.values()]
-    for result in results[1:]:
-        for ours, theirs in zip(results[0], result, strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-PYTORCH = {"pytorch": {}, "loader": {"loader": True}}
+def test_every_layer_computes_the_same():
+    x, gradient = np.random.default_rng(0).normal(size=(2, 20, 3)).astype(np.float32)
+    calls = [operation.both_passes(layer, x, gradient) for layer in operation.LAYERS.values()]
+    first, *others = (call() for call in calls)
+    for other in others:
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), other, first)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bnjax", *PYTORCH, "flax"])
-def test_every_loop_trains(data, name):
-    pytest.importorskip("torch" if name in PYTORCH else name)
-    loop = partial(loops.pytorch, **PYTORCH[name]) if name in PYTORCH else getattr(loops, name)
+@pytest.mark.parametrize("name", epoch.CONTENDERS)
+def test_every_loop_trains(name):
+    if "PyTorch" in name:
+        pytest.importorskip("torch")
     with jax.numpy_rank_promotion("allow"):
-        epoch = loop(data)
-        assert min(epoch(), epoch()) > 0
-
-
-def test_peers_train_the_network_of_boostcourse():
-    sizes = loops.HIDDEN_SIZES, loops.NUM_CLASSES, loops.BATCH_SIZE, loops.LEARNING_RATE
-    one = BOOSTCOURSE
-    assert sizes == (one.hidden_sizes, one.num_classes, one.batch_size, one.learning_rate)
-
-
-@pytest.mark.slow
-def test_each_contender_has_its_own_process():
-    make = partial(partial, os.getpid)
-    with turns.own_process("a", make) as a, turns.own_process("b", make) as b:
-        found = turns.interleave({"a": a, "b": b}, repeats=2)
-    assert len({os.getpid(), *found["a"], *found["b"]}) == 3
-    assert found["a"][0] == found["a"][1]
-
-
-def test_a_contender_that_fails_is_named():
-    broken = turns.own_process("broken", partial(loops.bnjax, "nowhere"))
-    with pytest.raises(RuntimeError, match="broken failed"):
-        broken.__enter__()
+        train = epoch.CONTENDERS[name](Dataset("noise", *noise(250, 30)))
+        assert min(train(), train()) > 0
 
 
 @pytest.mark.slow
 def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(operation, "SIZES", ((8, 2), (16, 4)))
-    monkeypatch.setattr(benchmark, "REPLICATES", (1,))
-    monkeypatch.setattr(benchmark, "PEERS", {"Flax loop": ("flax", loops.flax)})
-    arguments = ["--parts", "operation", "epoch", "--dataset", "digits", "--repeats", "1"]
-    assert benchmark.main([*arguments, "--json", str(tmp_path / "times.json")]) == 0
+    few = {name: epoch.CONTENDERS[name] for name in ("Flax", "bnjax, R = 1")}
+    monkeypatch.setattr(epoch, "CONTENDERS", few)
+    arguments = ["--dataset", "digits", "--repeats", "2", "--json", str(tmp_path / "times.json")]
+    assert benchmark.main(arguments) == 0
     shown = capsys.readouterr().out
     assert "16 x 4" in shown
     assert "bnjax, R = 1" in shown
     found = json.loads((tmp_path / "times.json").read_text())
     assert [entry["shape"] for entry in found["operation"]] == [[8, 2], [16, 4]]
-    assert len(found["epoch"]["seconds_per_replicate"]["Flax loop"]) == 1
+    assert {name: len(s) for name, s in found["epoch"]["seconds_per_replicate"].items()} == {
+        "Flax": 2,
+        "bnjax, R = 1": 2,
+    }
     assert found["versions"]["jax"]
 
 
@@ -110,3 +83,40 @@ def test_a_directory_without_data_ends_with_a_sentence(tmp_path, capsys):
 def test_mistakes_are_refused_before_anything_is_measured(arguments):
     with pytest.raises(SystemExit, match="2"):
         benchmark.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("%a = f32[16]{0} all-reduce(f32[16]{0} %x), channel_id=1", [("all-reduce", 64)]),
+        ("%a = (f32[2,3]{1,0}, s32[]) all-reduce(%x, %y)", [("all-reduce", 28)]),
+        (
+            "%a = f64[4]{0} all-gather-start(%x)\n%b = bf16[4]{0} all-to-all(%a)",
+            [("all-gather", 32), ("all-to-all", 8)],
+        ),
+        ("%a = f32[16]{0} all-reduce-done(%x)\n%b = f32[3]{0} add(%a, %all-reduce.3)", []),
+    ],
+)
+def test_communication_is_counted(text, expected):
+    assert scaling.collectives(text) == expected
+
+
+def test_one_device_communicates_nothing():
+    program = jax.jit(lambda x: x.sum()).lower(np.ones(4, np.float32)).compile().as_text()
+    assert scaling.collectives(program) == []
+
+
+@pytest.mark.slow
+def test_steps_on_many_devices(monkeypatch, tmp_path, capsys):
+    layouts = Layout(1, 8), Layout(1, 8, "local"), Layout(2, 2)
+    monkeypatch.setattr(scaling, "LAYOUTS", layouts)
+    arguments = "--parts", "scaling", "--repeats", "2", "--json", str(tmp_path / "found.json")
+    assert benchmark.main(arguments) == 0
+    found = json.loads((tmp_path / "found.json").read_text())["scaling"]
+    assert [(row["processes"], row["devices"], row["statistics"]) for row in found] == [*layouts]
+    assert [row["operations"] for row in found] == [7, 2, 7]
+    assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in found)
+    # Weights and biases of three layers, scale, offset and six sums of two, losses; 4 bytes each.
+    weights = 784 * 32 + 32 + 32 * 32 + 32 + 32 * 512 + 512
+    assert found[0]["bytes"] == pytest.approx(4 * (weights + 2 * 32 * (2 + 6)), rel=0.01)
+    assert "all-reduces" in capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import gc
 import gzip
 import hashlib
 import http.server
@@ -14,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -125,6 +125,11 @@ def no_proxy(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
 
 
+@pytest.fixture(autouse=True)
+def asked_again_at_once(monkeypatch):
+    monkeypatch.setattr("pooch.core.time", SimpleNamespace(sleep=lambda seconds: None))
+
+
 @pytest.fixture
 def nobody_listens(monkeypatch):
     with socket.socket() as bound:
@@ -180,18 +185,36 @@ def test_real_mnist_is_recognized(mnist_directory, monkeypatch):
 @pytest.mark.parametrize(
     ("behaviour", "message"),
     [
-        (not_found, "answers with HTTP status 404"),
-        (lambda request, _: request.send_error(500), "answers with HTTP status 500"),
-        (broken_off, "broke the connection off in the middle of a file"),
-        (lambda request, content: request.send(content[:-1]), "serves other bytes than the regis"),
-        (lambda request, content: request.send(bytes(len(content))), "serves other bytes than the"),
+        (not_found, "is answered with HTTP status 404"),
+        (lambda request, _: request.send_error(500), "is answered with HTTP status 500"),
+        (broken_off, r"does not come whole \(.*bytes read, .* more expected"),
+        (
+            lambda request, content: request.send(content[:-1]),
+            "has other bytes than the regis",
+        ),
+        (lambda request, content: request.send(bytes(len(content))), "has other bytes than the"),
     ],
 )
 def test_failure_leaves_only_whole_files(server, behaviour, message):
     server.behaviour[ZIPPED[1]] = behaviour
-    with pytest.raises(DownloadError, match=f"mnist cannot be downloaded: 127.0.0.1:.* {message}"):
+    url = f"{server.url}{ZIPPED[1]}"
+    with pytest.raises(DownloadError, match=f"mnist cannot be downloaded: {url} {message}.*--data"):
         load("mnist")
     assert kept() == [ZIPPED[0]]
+    assert server.requested == [ZIPPED[0], *[ZIPPED[1]] * 2]
+
+
+@pytest.mark.parametrize(
+    "behaviour", [broken_off, lambda request, content: request.send_error(503)]
+)
+def test_what_fails_once_is_asked_for_again(server, arrays, behaviour):
+    def fail_once(request: Request, content: bytes) -> None:
+        server.behaviour.clear()
+        behaviour(request, content)
+
+    server.behaviour[ZIPPED[1]] = fail_once
+    assert_holds(load("mnist"), arrays)
+    assert server.requested == [*ZIPPED[:2], *ZIPPED[1:]]
 
 
 def fail_at(server: Server, file: str) -> None:
@@ -232,22 +255,22 @@ def test_slow_server_is_borne(server, arrays, monkeypatch):
     assert time.monotonic() - start > download.GIVE_UP_AFTER
 
 
-@pytest.mark.parametrize("behaviour", [silent, stalled])
-def test_stalled_server_is_given_up(server, monkeypatch, behaviour):
+@pytest.mark.parametrize(("behaviour", "times"), [(silent, 1), (stalled, 2)])
+def test_stalled_server_is_given_up(server, monkeypatch, behaviour, times):
     monkeypatch.setattr(download, "GIVE_UP_AFTER", 1.5)
     server.behaviour[ZIPPED[1]] = behaviour
     start = time.monotonic()
-    with pytest.raises(DownloadError, match=r"no byte came from 127.0.0.1:\d+ for 1.5 seconds"):
+    with pytest.raises(DownloadError, match=rf"{ZIPPED[1]} sends no byte for 1.5 seconds"):
         load("mnist")
     assert 1.5 <= time.monotonic() - start < 15
-    assert server.requested == ZIPPED[:2]
+    assert server.requested == [ZIPPED[0], *[ZIPPED[1]] * times]
     assert kept() == [ZIPPED[0]]
 
 
 @pytest.mark.usefixtures("nobody_listens")
 def test_absent_server_is_noticed_at_once():
     start = time.monotonic()
-    with pytest.raises(DownloadError, match=r"127.0.0.1:\d+ cannot be reached; .*--data-dir"):
+    with pytest.raises(DownloadError, match=r"http://127.*gz cannot be reached; .*--data-dir"):
         load("mnist")
     assert time.monotonic() - start < download.GIVE_UP_AFTER
     assert kept() == []
@@ -259,27 +282,25 @@ def test_looking_up_a_host_is_bounded_too(server, monkeypatch):
     register(monkeypatch, url="http://host.invalid/")
     monkeypatch.setattr(download, "GIVE_UP_AFTER", 0.5)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: server.closing.wait(60))
-    with pytest.raises(DownloadError, match=r"no byte came from host.invalid for 0.5 seconds"):
+    with pytest.raises(DownloadError, match=r"http://host.invalid/.* sends no byte for 0.5 sec"):
         load("mnist")
     assert kept() == []
 
 
 def test_server_without_a_certificate_is_refused(server, monkeypatch):
     register(monkeypatch, url=server.url.replace("http:", "https:"))
-    with pytest.raises(DownloadError, match=r"127.0.0.1:\d+ has no certificate that this machine"):
+    with pytest.raises(DownloadError, match=r"https://127.* has no certificate that this"):
         load("mnist")
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # pooch leaves the connection open
 def test_file_that_cannot_be_written_is_an_error(server):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(DownloadError, match=r"a file could not be written \(File too large\)"):
+        with pytest.raises(DownloadError, match=r"cannot be kept \(.*File too large"):
             load("mnist")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        gc.collect()
     assert kept() == []
 
 

@@ -161,26 +161,18 @@ def _from_idx_files(name: str, directory: Path, paths: dict[str, Path]) -> Datas
 
 def _read_own(name: str, file: str, path: Path) -> np.ndarray:
     """Reads a file, unless a checksum, its own or its content's, says that it is another one."""
-    _refuse_foreign(name, file, path, _sha256(path))
     values = idx.read_images(path) if "images" in file else idx.read_labels(path)
-    _refuse_foreign(name, file, path, idx.sha256(values))
-    return values
-
-
-def _refuse_foreign(name: str, file: str, path: Path, digest: str) -> None:
+    digests = hashlib.sha256(path.read_bytes()).hexdigest(), idx.sha256(values)
     for other, source in SOURCES.items():
-        known = dict(zip(source.sha256 + source.unzipped_sha256, FILES * 2, strict=False))
-        if digest in known and (other, known[digest]) != (name, file):
-            todo = "rename it" if other == name else f"choose --dataset {other} or replace the file"
-            raise DataError(
-                f"{path}: by its checksum this is {known[digest]} of {other}, expected {file} of "
-                f"{name}: {todo}"
-            )
-
-
-def _sha256(path: Path) -> str:
-    with idx.reading(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        checksums = zip(FILES * 2, source.sha256 + source.unzipped_sha256, strict=False)
+        for known, sha256 in checksums:
+            if sha256 in digests and (other, known) != (name, file):
+                todo = f"choose --dataset {other} or replace the file"
+                raise DataError(
+                    f"{path}: by its checksum this is {known} of {other}, expected {file} of "
+                    f"{name}: {'rename it' if other == name else todo}"
+                )
+    return values
 
 
 def _checked(name: str, directory: Path, arrays: Sequence[np.ndarray]) -> Dataset:
@@ -201,17 +193,14 @@ def _downloaded(name: str) -> Dataset:
                 "there is no home directory to keep it in and $XDG_CACHE_HOME is not set"
             )
         directory = cache / "datasets" / name
-        directory.mkdir(parents=True, exist_ok=True)
-        paths = {file: directory / f"{file}.gz" for file in FILES}
-        for path, sha256 in zip(paths.values(), source.sha256, strict=True):
-            if not path.is_file() or _sha256(path) != sha256:
-                download.fetch(source.url + path.name, sha256, directory)
-    except (OSError, DataError) as error:
+        zipped = [f"{file}.gz" for file in FILES]
+        download.fetch(source.url, dict(zip(zipped, source.sha256, strict=True)), directory)
+    except DataError as error:
         raise DownloadError(
             f"{name} cannot be downloaded: {error}; put its four IDX files into a directory and "
             "name that with --data-dir or $BNJAX_DATA_DIR"
         ) from error
-    return _from_idx_files(name, directory, paths)
+    return _from_directory(name, directory)
 
 
 def _digits() -> Dataset:

@@ -1,68 +1,67 @@
-"""Fetching a file over the network with pooch: bounded in time, whole or not at all."""
+"""Fetching files over the network with pooch: bounded in time, each whole or not at all."""
 
-import io
+import multiprocessing
 import sys
-import tempfile
+from collections.abc import Mapping
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 
 from bnjax.errors import DownloadError, shorten
 
 GIVE_UP_AFTER = 10.0  # seconds without a byte
 
 
-def fetch(url: str, sha256: str, directory: Path) -> None:
-    """Downloads a file into a directory, under the last part of its URL.
+def fetch(url: str, sha256: Mapping[str, str], directory: Path) -> None:
+    """Downloads files into a directory, but for those that are there already.
+
+    Args:
+        url: their folder.
+        sha256: checksum of each file by its name.
+        directory: where to keep them.
 
     Raises:
-        DownloadError: if these bytes cannot be had; what lay there before stays.
-        OSError: if the directory cannot be written to.
+        DownloadError: if one cannot be had, also not when asked for again; those before it stay.
     """
-    import pooch
-    from tqdm import tqdm
+    import pooch  # slow, and mostly not needed
 
-    host, name = url.split("/")[2], url.rsplit("/", 1)[-1]
-    shown = sys.stderr if sys.stderr.isatty() else io.StringIO()
-    with (
-        tempfile.TemporaryDirectory(dir=directory) as temporary,
-        tqdm(desc=name, total=1, unit="B", unit_scale=True, leave=False, file=shown) as progress,
-    ):
-        file = Path(temporary, name)
-        download = pooch.HTTPDownloader(progressbar=progress, timeout=GIVE_UP_AFTER)
-        # The time-out holds for each address of a host, and not for looking them up, which
-        # Ctrl-C cannot interrupt: hence a thread that is left behind when nothing comes.
-        pool = ThreadPool(1)
-        end = pool.apply_async(download, (url, str(file), None))
-        pool.close()
+    pooch.get_logger().setLevel("INFO" if sys.stderr.isatty() else "WARNING")
+    store = pooch.create(directory, url, registry=dict(sha256), retry_if_failed=1)
+    for name in sha256:
         try:
-            while not end.ready():
-                before = progress.n
-                end.wait(GIVE_UP_AFTER)
-                if not end.ready() and progress.n == before:
-                    raise TimeoutError("timed out")
-            end.get()
+            store.fetch(name, downloader=_download)
         except Exception as error:
-            raise DownloadError(_explain(error, host)) from error
-        if pooch.file_hash(str(file), alg="sha256") != sha256:
-            raise DownloadError(f"{host} serves other bytes than the registered checksum says")
-        file.replace(directory / name)
+            raise DownloadError(f"{url}{name} {_explain(error)}") from error
 
 
-def _explain(error: Exception, host: str) -> str:
+def _download(url: str, file: str, _: Any) -> None:
+    import requests
+
+    # The time-out holds for each address of a host, and not for looking them up, which Ctrl-C
+    # cannot interrupt: hence a thread that is left behind when nothing comes.
+    pool = ThreadPool(1)
+    answer = pool.apply_async(requests.get, [url], {"stream": True, "timeout": GIVE_UP_AFTER})
+    pool.close()
+    with answer.get(GIVE_UP_AFTER) as response, open(file, "wb") as kept:  # noqa: PTH123
+        response.raise_for_status()
+        kept.writelines(response.iter_content(2**16))
+    Path(file).chmod(0o644)  # pooch leaves its temporary files to their owner
+
+
+def _explain(error: Exception) -> str:
     from requests import exceptions
 
     match error:
         case exceptions.HTTPError(response=response) if response is not None:
-            response.close()  # pooch leaves it open
-            return f"{host} answers with HTTP status {response.status_code}"
-        case OSError() if "timed out" in str(error):
-            return f"no byte came from {host} for {GIVE_UP_AFTER:g} seconds"
-        case exceptions.ChunkedEncodingError():
-            return f"{host} broke the connection off in the middle of a file"
+            return f"is answered with HTTP status {response.status_code}"
+        case _ if isinstance(error, multiprocessing.TimeoutError) or "timed out" in str(error):
+            return f"sends no byte for {GIVE_UP_AFTER:g} seconds"
         case exceptions.SSLError():
-            return f"{host} has no certificate that this machine trusts"
+            return "has no certificate that this machine trusts"
         case exceptions.ConnectionError():
-            return f"{host} cannot be reached"
-        case OSError() if error.strerror:
-            return f"a file could not be written ({error.strerror})"
-    return f"{host} did not serve the file ({shorten(error)})"
+            return "cannot be reached"
+        case exceptions.RequestException():
+            return f"does not come whole ({shorten(error)})"
+        case ValueError():
+            return "has other bytes than the registered checksum says"
+    return f"cannot be kept ({error})"

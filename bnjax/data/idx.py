@@ -5,13 +5,11 @@ big-endian 32-bit length per axis, and the values. Files may be gzipped: their f
 tell, not their names, since browsers unpack what they save and other tools drop a `.gz`.
 """
 
-import contextlib
 import gzip
 import hashlib
 import math
 import struct
 import zlib
-from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 
@@ -21,10 +19,7 @@ from bnjax.errors import DataError
 
 UNSIGNED_BYTE = 8
 GZIP = b"\x1f\x8b"
-
-# Deflate cannot pack more than 1,032 bytes into one (RFC 1951: 258 bytes in two bits).
-MAX_INFLATION = 1032
-CHUNK = 2**20
+CHUNK = 2**18
 
 
 def read_images(path: Path) -> np.ndarray:
@@ -49,16 +44,10 @@ def read_images(path: Path) -> np.ndarray:
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """Reads class labels.
-
-    Args:
-        path: an IDX file, gzipped or not.
-
-    Returns:
-        `[N]` int32 in 0..9.
+    """Reads class labels, `[N]` int32 in 0..9, as `read_images` reads images.
 
     Raises:
-        DataError: as `read_images`, or if a label is above 9.
+        DataError: as there, or if a label is above 9.
     """
     labels = _read(path, rank=1).astype(np.int32)
     if labels.size and labels.max() > 9:
@@ -75,45 +64,36 @@ def sha256(values: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[BufferedReader]:
-    """Opens a file; what goes wrong while it is read is a `DataError` that names it."""
+def _read(path: Path, rank: int) -> np.ndarray:
     try:
         if path.is_fifo() or path.is_char_device() or path.is_block_device():
             raise DataError(f"{path}: cannot be read: it is a pipe or a device, expected a file")
-        with path.open("rb") as file:
-            yield file
+        with path.open("rb") as raw:
+            zipped = raw.peek(2).startswith(GZIP)
+            return _parse(path, gzip.GzipFile(fileobj=raw) if zipped else raw, rank)
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(f"{path}: corrupt or truncated gzip stream ({error})") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _read(path: Path, rank: int) -> np.ndarray:
-    with reading(path) as raw:
-        zipped = raw.peek(2).startswith(GZIP)
-        limit = path.stat().st_size * (MAX_INFLATION if zipped else 1)
-        file: BufferedReader | gzip.GzipFile = gzip.GzipFile(fileobj=raw) if zipped else raw
-        header = file.read(4 + 4 * rank)
-        magic = bytes([0, 0, UNSIGNED_BYTE, rank])
-        if header[:4] != magic:
-            raise DataError(
-                f"{path}: magic number {header[:4].hex() or 'missing'}, expected {magic.hex()} "
-                f"(an IDX file of unsigned bytes with {rank} {'axes' if rank > 1 else 'axis'})"
-            )
-        if len(header) < 4 + 4 * rank:
-            raise DataError(f"{path}: truncated, the header ends after {len(header)} bytes")
-        shape = struct.unpack(f">{rank}I", header[4:])
-        size = math.prod(shape)
+def _parse(path: Path, file: BufferedReader | gzip.GzipFile, rank: int) -> np.ndarray:
+    header = file.read(4 + 4 * rank)
+    magic = bytes([0, 0, UNSIGNED_BYTE, rank])
+    if header[:4] != magic:
+        raise DataError(
+            f"{path}: magic number {header[:4].hex() or 'missing'}, expected {magic.hex()} "
+            f"(an IDX file of unsigned bytes with {rank} {'axes' if rank > 1 else 'axis'})"
+        )
+    if len(header) < 4 + 4 * rank:
+        raise DataError(f"{path}: truncated, the header ends after {len(header)} bytes")
+    shape = struct.unpack(f">{rank}I", header[4:])
+    size = math.prod(shape)
+    values = bytearray()  # grows as bytes come: a header may announce what does not follow
+    while part := file.read(min(CHUNK, size + 1 - len(values))):
+        values += part
+    if len(values) != size:
+        problem, found = ("truncated", len(values)) if len(values) < size else ("oversized", "more")
         announced = f"the header announces {'x'.join(map(str, shape))} = {size} bytes"
-        if size > limit:
-            problem = "more than a file of this size can hold"
-            raise DataError(f"{path}: truncated, {announced}, {problem}")
-        values = bytearray()  # grows as bytes come: a header may announce what does not follow
-        while part := file.read(min(CHUNK, size + 1 - len(values))):
-            values += part
-    if len(values) < size:
-        raise DataError(f"{path}: truncated, {announced}, found {len(values)}")
-    if len(values) > size:
-        raise DataError(f"{path}: oversized, {announced}, found more")
+        raise DataError(f"{path}: {problem}, {announced}, found {found}")
     return np.frombuffer(values, np.uint8).reshape(shape)

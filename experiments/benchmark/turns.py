@@ -1,63 +1,34 @@
 """Contenders take turns, so that a machine that slows down slows all of them down."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from functools import partial
-from multiprocessing import get_context
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 # Of one part: what was measured, as JSON has it, and a table: its title and its rows.
 Part = tuple[Any, str, Sequence[Mapping[str, str]]]
 
-T = TypeVar("T")
 
+def take_turns(calls: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Calls each contender in turn, `repeats` times; returns the seconds they tell, by name.
 
-def interleave(calls: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
-    """Calls each contender in turn, `repeats` times; returns their results by name."""
-    results: dict[str, list[T]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            results[name].append(call())
-    return results
-
-
-@contextmanager
-def own_process(name: str, make: Callable[[], Callable[[], T]]) -> Iterator[Callable[[], T]]:
-    """A contender in a process of its own, which shares nothing with others but the machine.
-
-    Args:
-        name: of the contender.
-        make: makes it there. It is called once, so that it is compiled and warm from then on.
-
-    Raises:
-        RuntimeError: if the contender fails; the cause shows where.
+    A first turn, in which they compile, does not count.
     """
-
-    def submit(*work: Any) -> Any:
-        try:
-            return pool.submit(*work).result()
-        except Exception as error:
-            raise RuntimeError(f"{name} failed") from error
-
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        submit(_make, make)
-        yield partial(submit, _call)
+    turns = [{name: call() for name, call in calls.items()} for _ in range(repeats + 1)]
+    return {name: [turn[name] for turn in turns[1:]] for name in calls}
 
 
-_made: list[Callable[[], Any]] = []  # in the contender's process
-
-
-def _make(make: Callable[[], Callable[[], Any]]) -> None:
-    _made.append(make())
-    _call()
-
-
-def _call() -> Any:
-    return _made[0]()
+def compare(seconds: Mapping[str, Sequence[float]], unit: str, peer: str) -> list[dict[str, str]]:
+    """Rows of a table: each contender's `timing`, and its median as a multiple of a peer's."""
+    return [
+        {
+            "": name,
+            **timing(values, unit),
+            f"/ {peer}": f"{median(values) / median(seconds[peer]):.2f}",
+        }
+        for name, values in seconds.items()
+    ]
 
 
 def timing(seconds: Sequence[float], unit: str) -> dict[str, str]:
