@@ -1,7 +1,7 @@
 """Training for claims and sweeps: arms from scratch, and grids that differ in numbers alone."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from bnjax import initializers, models
+from bnjax.data import Dataset
 from bnjax.paired import Arm, Epoch, States, Trainer
 from bnjax.training import AnyArray, Batch, TrainState, to_float
-from experiments.lab import devices
+from experiments.lab import devices, metrics
 
 ACTIVATION_NAMES = {"relu": "ReLU", "sigmoid": "sigmoid", "tanh": "tanh"}
 UNIT_NORMAL = initializers.normal(1.0)
@@ -50,26 +50,14 @@ def train(
     drop_last: bool = True,
     change: Callable[[States], States] = lambda states: states,
 ) -> Iterator[Epoch]:
-    """Trains arms from scratch, on all devices.
+    """Trains arms from scratch, on all devices; the arguments are those of a `Trainer`.
 
-    Args:
-        arms: what to train.
-        keys: `[R]`, one for each replicate.
-        examples: the training set.
-        test: the test set.
-        epochs: times through the training set.
-        batch_size: examples per step; all of them where there are fewer.
-        drop_last: leave out what does not fill a batch.
-        change: what to do to the initial states.
+    Batches are of all examples where there are fewer than `batch_size`; `change` is given the
+    initial states.
     """
-    trainer = Trainer(
-        devices.make_placements(tuple(arms), "auto", len(keys)),
-        keys,
-        examples,
-        test,
-        batch_size=min(batch_size, len(examples.labels)),
-        drop_last=drop_last,
-    )
+    placements = devices.make_placements(tuple(arms), "auto", len(keys))
+    batch_size = min(batch_size, len(examples.labels))
+    trainer = Trainer(placements, keys, examples, test, batch_size, drop_last)
     return trainer.epochs(change(trainer.initial_states()), range(1, epochs + 1))
 
 
@@ -82,7 +70,7 @@ def train_grid(
     epochs: int,
     batch_size: int,
     at_start: Callable[[States], None] = lambda states: None,
-    **fields: object,
+    **fields: Any,
 ) -> Iterator[Epoch]:
     """An MLP with batch normalization and its twin without, trained by SGD at every point.
 
@@ -106,21 +94,21 @@ def train_grid(
         at_start(changed)
         return changed
 
-    keys_of_all = jnp.tile(keys, len(points))
-    sizes: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size}
-    return train(arms, keys_of_all, examples, test, change=change, **sizes)
+    tiled = jnp.tile(keys, len(points))
+    return train(arms, tiled, examples, test, epochs=epochs, batch_size=batch_size, change=change)
 
 
 def _scale(state: TrainState, points: Sequence[GridPoint], replicates: int) -> TrainState:
-    params = flatten_dict(state.params)
-    for path, value in params.items():
-        if path[-1] == "kernel":
+    def scale(path: tuple[jax.tree_util.DictKey, ...], value: Array) -> Array:
+        layer, kind = (part.key for part in path[-2:])
+        if kind == "kernel":
             stds = np.repeat([point.std(*value.shape[1:]) for point in points], replicates)
-            params[path] = value * stds.astype(value.dtype)[:, None, None]
-        elif path[-2].startswith("Dense"):
-            params[path] = jnp.zeros_like(value)
+            return value * stds.astype(value.dtype)[:, None, None]
+        return jnp.zeros_like(value) if layer.startswith("Dense") else value
+
+    params = jax.tree_util.tree_map_with_path(scale, state.params)
     rates = np.repeat(np.array([point.learning_rate for point in points], np.float32), replicates)
-    return with_rates(state.replace(params=unflatten_dict(params)), rates)
+    return with_rates(state.replace(params=params), rates)
 
 
 def with_rates(state: TrainState, rates: np.ndarray) -> TrainState:
@@ -138,20 +126,23 @@ def by_point(values: np.ndarray, points: Sequence[GridPoint]) -> np.ndarray:
     return values.reshape(len(points), -1, *values.shape[1:])
 
 
+def curves(epochs: Iterable[Epoch], arms: Sequence[str]) -> metrics.Curves:
+    """The metrics of these epochs, `{arm: {metric: [epochs, R]}}`."""
+    return metrics.curves([line for one in epochs for line in metrics.lines_of(one, arms)], arms)
+
+
 def accuracy(epoch: Epoch) -> dict[str, np.ndarray]:
     """Test accuracy of each arm after an epoch, `[R]`, in percent."""
     return {
-        arm: 100 * np.asarray(metrics.correct, np.float64) / np.asarray(metrics.examples)
-        for arm, metrics in epoch.test.items()
+        arm: 100 * np.asarray(test.correct, np.float64) / np.asarray(test.examples)
+        for arm, test in epoch.test.items()
     }
 
 
-def networks(**fields: object) -> dict[str, models.MLP]:
+def networks(**fields: Any) -> dict[str, models.MLP]:
     """An MLP with batch normalization and its twin without."""
-    return {
-        "bn": models.MLP(norm="batch", **fields),  # type: ignore[arg-type]
-        "no_bn": models.MLP(norm=None, **fields),  # type: ignore[arg-type]
-    }
+    norms = {"bn": "batch", "no_bn": None}
+    return {arm: models.MLP(norm=norm, **fields) for arm, norm in norms.items()}
 
 
 def epochs_of(steps: int, batch_size: int, examples: Batch) -> int:
@@ -162,6 +153,11 @@ def epochs_of(steps: int, batch_size: int, examples: Batch) -> int:
 def unstack(state: TrainState) -> list[TrainState]:
     """The replicates of an arm's state, one by one."""
     return [jax.tree.map(lambda a, k=k: a[k], state) for k in range(np.size(state.step))]
+
+
+def batches(dataset: Dataset) -> tuple[Batch, Batch]:
+    """The training set and the test set."""
+    return Batch(*dataset[1:3]), Batch(*dataset[3:5])
 
 
 def head(batch: Batch, count: int) -> Batch:
