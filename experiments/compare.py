@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = tyro.cli(CompareConfig, args=arguments, prog=PROG, description=__doc__)
     console = Console()
 
-    def command(_: Callable[[], None]) -> int:
+    def command(_: Callable[[], None]) -> None:
         with exits.user_errors():
             out = rundir.expand(config.out)
             rundir.check_free(out)
@@ -164,7 +164,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_plain(console, f"comparison: {out / 'compare.html'}")
         for name, values in differences(compared).items():
             print_plain(console, f"{name}: {', '.join(map(str, values))}")
-        return 0
 
     return exits.run(command)
 

@@ -68,11 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     again: list[str] = []
 
-    def command(raise_if_stopped: Callable[[], None]) -> int:
+    def command(raise_if_stopped: Callable[[], None]) -> None:
         claims = load_claims()
         if not config.claims:
             console.print(verdicts.listing(claims.values()))
-            return 0
+            return
         with exits.user_errors():
             chosen = [choose("claim", name, [*claims, "all"]) for name in config.claims]
             names = claims if "all" in chosen else dict.fromkeys(chosen)
@@ -87,7 +87,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run([claims[name] for name in names], config, dataset, path, console, raise_if_stopped)
             if (path / "report.html").exists():
                 print_plain(console, f"report: {path / 'report.html'}")
-        return 0
 
     return exits.run(command, lambda: again)
 

@@ -25,7 +25,7 @@ from bnjax.data import Dataset
 from bnjax.errors import CheckpointError
 from bnjax.names import choose
 from experiments.lab import arms, devices, exits, results, rundir
-from experiments.lab.cells import METRIC, CellResult, SweepCell, summarize_cell, train
+from experiments.lab.cells import METRIC, SETTING, CellResult, SweepCell, summarize_cell, train
 from experiments.lab.console import format_final, format_summary, print_plain
 from experiments.lab.plan import check_memory, load_data
 from experiments.lab.presets import PRESETS, Experiment
@@ -114,14 +114,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     again: list[str] = []
 
-    def command(raise_if_stopped: Callable[[], None]) -> int:
+    def command(raise_if_stopped: Callable[[], None]) -> None:
         with exits.user_errors():
             path = rundir.expand(config.out)
             dataset = load_data(config.dataset, config.data_dir, console)
             results.set_up_jax()
             groups = config.groups()
             for group in groups:
-                check_group(group, dataset)
+                _check(group, dataset)
         with results.directory(path, config.resolved(), config, dataset):
             again.extend(results.command(PROG, config))
             labels = {spec.name: spec.label for spec in arms.choose(groups[0][0])}
@@ -131,21 +131,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     rows.append((cell, summarize_cell(cell, str(group[0].reference), labels)))
                     print_plain(console, f"{cell.name}: {_tell(rows[-1][1], labels)}")
                 raise_if_stopped()
-            content = [
+            told = [
                 {**cell._asdict(), "differences": found.summary["differences"], "best": found.best}
                 for cell, found in rows
             ]
-            rundir.write_json(path / "sweep.json", {"cells": rundir.null_for_nan(content)})
-            then = "the same command tries again"
-            with exits.optional(console, "the report could not be drawn", then):
+            rundir.write_json(path / "sweep.json", {"cells": rundir.null_for_nan(told)})
+            what = "the report could not be drawn"
+            with exits.optional(console, what, "the same command tries again"):
                 _draw(path, dataclasses.replace(config, dataset=dataset.name), rows)
                 print_plain(console, f"report: {path / 'sweep.html'}")
-        return 0
 
     return exits.run(command, lambda: again)
 
 
-def check_group(group: Sequence[Experiment], dataset: Dataset) -> None:
+def _check(group: Sequence[Experiment], dataset: Dataset) -> None:
     """Refuses cells that the data or the memory are too small for, and arms that cannot be."""
     made = arms.make_arms(group[0])
     group[0].check_against(dataset)
@@ -165,8 +164,7 @@ def _train_once(path: Path, group: Sequence[Experiment], dataset: Dataset) -> li
     saved = rundir.read_object(file, ["cells"])["cells"]
     with contextlib.suppress(TypeError):
         cells = [SweepCell(**rundir.nan_for_null(one)) for one in saved]
-        settings = [(one.activation, one.batch_size, one.learning_rate) for one in group]
-        if [cell[:3] for cell in cells] == settings:
+        if [cell[:3] for cell in cells] == [SETTING(one) for one in group]:
             return cells
     raise CheckpointError(f"{file} is not what this sweep wrote: delete it to train it again")
 

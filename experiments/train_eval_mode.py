@@ -35,9 +35,9 @@ from bnjax.training import Batch, TrainState
 from experiments.lab import arms, exits, results, rundir
 from experiments.lab.arms import ArmSpec
 from experiments.lab.console import print_plain
-from experiments.lab.grids import accuracy_of, batches, head, predict, train, unstack
 from experiments.lab.plan import load_data
 from experiments.lab.presets import Experiment
+from experiments.lab.scratch import accuracy_of, batches, head, predict, train, unstack
 
 PROG = "python -m experiments.train_eval_mode"
 CALLS = 20
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = tyro.cli(LessonConfig, args=arguments, prog=PROG, description=__doc__)
     console = Console()
 
-    def command(raise_if_stopped: Callable[[], None]) -> int:
+    def command(raise_if_stopped: Callable[[], None]) -> None:
         with exits.user_errors():
             arm = find_arm(config.arm)
             if config.out:
@@ -85,19 +85,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rundir.write_json(path / "numbers.json", numbers)
         then = "the numbers are in numbers.json"
         with exits.optional(console, "the picture could not be drawn", then):
-            draw(path / "train_eval_mode.png", numbers)
+            from experiments.report import figures  # matplotlib takes a third of a second
+
+            picture = figures.to_png(figures.train_eval_mode(numbers))
+            rundir.write_bytes(path / "train_eval_mode.png", picture)
         print_plain(console, f"\npicture and numbers: {path}")
-        return 0
 
     return exits.run(command)
 
 
 def find_arm(name: str) -> ArmSpec:
-    """The arm of that name.
-
-    Raises:
-        ValueError: if there is none, it keeps no running means and deviations, or a batch of two
-            is too small for it.
+    """The arm of that name; `ValueError` if it cannot normalize two images, or does not by both
+    mean and deviation.
     """
     arm = arms.find(name)
     arms.check_sizes(dataclasses.replace(NETWORK, arms=(name,), batch_size=GROUPS[0]), 0)
@@ -173,13 +172,6 @@ def tell(numbers: dict[str, Any]) -> str:
 4. Population statistics mend it: here every image is alone in its batch
    statistics           accuracy   off in mean and deviation, by layer
 {mended}"""
-
-
-def draw(file: Path, numbers: dict[str, Any]) -> None:
-    """Draws the lesson."""
-    from experiments.report import figures  # matplotlib takes a third of a second
-
-    rundir.write_bytes(file, figures.to_png(figures.train_eval_mode(numbers)))
 
 
 def _dropout(state: TrainState, test: Batch, keys: Array) -> dict[str, Any]:

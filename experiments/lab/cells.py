@@ -1,6 +1,7 @@
 """The cells of a sweep: trained together where only learning rates differ, and what each says."""
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -10,11 +11,12 @@ import optax
 from bnjax import paired
 from bnjax.data import Dataset
 from bnjax.paired import Arm
-from experiments.lab import arms, grids, metrics
+from experiments.lab import arms, metrics, scratch
 from experiments.lab.console import format_summary
 from experiments.lab.presets import Experiment
 
 METRIC = "test_accuracy"
+SETTING = attrgetter("activation", "batch_size", "learning_rate")  # of an experiment
 ADAM = optax.inject_hyperparams(optax.adam)(learning_rate=1.0)
 
 
@@ -37,16 +39,16 @@ def train(group: Sequence[Experiment], dataset: Dataset) -> list[SweepCell]:
     """The cells of experiments that differ in the learning rate alone, by one program."""
     first, count = group[0], group[0].replicates
     rates = np.repeat([one.learning_rate for one in group], count).astype(np.float32)
-    epochs = grids.train(
+    epochs = scratch.train(
         [Arm(arm.name, arm.module, ADAM) for arm in arms.make_arms(first)],
         jnp.tile(paired.replicate_keys(first.seed, count), len(group)),
-        *grids.batches(dataset),
+        *scratch.batches(dataset),
         epochs=first.epochs,
         batch_size=first.batch_size,
         drop_last=first.drop_last,
-        change=lambda states: {arm: grids.with_rates(s, rates) for arm, s in states.items()},
+        change=lambda states: {arm: scratch.with_rates(s, rates) for arm, s in states.items()},
     )
-    curves = grids.curves(epochs, first.arms)
+    curves = scratch.curves(epochs, first.arms)
 
     def final(k: int) -> dict[str, dict[str, list[float]]]:
         own = slice(k * count, (k + 1) * count)
@@ -55,10 +57,7 @@ def train(group: Sequence[Experiment], dataset: Dataset) -> list[SweepCell]:
             for arm, of_arm in curves.items()
         }
 
-    return [
-        SweepCell(one.activation, one.batch_size, one.learning_rate, final(k))
-        for k, one in enumerate(group)
-    ]
+    return [SweepCell(*SETTING(one), final(k)) for k, one in enumerate(group)]
 
 
 class CellResult(NamedTuple):

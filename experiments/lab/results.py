@@ -1,8 +1,8 @@
 """What commands share that train and leave no run: flags, and a directory to go on in."""
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ from bnjax import data
 from bnjax.data import Dataset
 from experiments.lab import devices, exits, rundir
 from experiments.lab.options import flags
-from experiments.lab.plan import describe
+from experiments.lab.plan import describe_data
 from experiments.lab.presets import Experiment
 
 
@@ -43,17 +43,42 @@ def set_up_jax() -> None:
     jax.config.update("jax_default_matmul_precision", Experiment.matmul_precision)
 
 
-@contextlib.contextmanager
+@contextmanager
 def directory(
     path: Path, decisive: Mapping[str, Any], config: CommonConfig, dataset: Dataset
 ) -> Iterator[None]:
-    """Keeps a directory to this command, as `rundir.claim_directory`; what is wrong with it is the
-    user's mistake. `decisive` are the settings that decide the results, `config` all of them.
+    """Keeps a directory of results to this command: a new one, or one of the same settings.
+
+    Args:
+        path: of the directory.
+        decisive: the settings that decide the results.
+        config: all settings.
+        dataset: what is trained on.
+
+    Raises:
+        UserError: if something else is there, or results with other settings.
+        CheckpointError: if another process has it.
     """
-    with contextlib.ExitStack() as stack:
-        with exits.user_errors():
-            described = describe(dict(decisive), dataset, config.dataset, config.data_dir)
-            stack.enter_context(rundir.claim_directory(path, *described))
+    origin = {**rundir.provenance(), **devices.describe()}
+    found = describe_data(dataset, config.dataset)
+    with exits.user_errors():
+        data_dir = config.data_dir and str(rundir.expand(config.data_dir).absolute())
+        if new := not (path / "config.json").exists():
+            parts = {"experiment": decisive, "execution": {"data_dir": data_dir}, "dataset": found}
+            rundir.create(path, parts | origin)
+        saved = rundir.read_config(path)
+        if saved["experiment"].keys() != decisive.keys():
+            raise ValueError(f"{path} holds another kind of run: choose another --out directory")
+        before, now = (
+            {**settings, "data": f"{source['name']} {source['sha256'][:12]}"}
+            for settings, source in ((saved["experiment"], saved["dataset"]), (decisive, found))
+        )
+        if changed := [f"{k} was {before[k]}, now {now[k]}" for k in now if before[k] != now[k]]:
+            raise ValueError(f"{path} holds results with other settings: {', '.join(changed)}")
+    with rundir.locked(path):
+        if not new:
+            resumed = [*saved.get("resumed", []), origin]
+            rundir.write_json(path / "config.json", {**saved, "resumed": resumed})
         yield
 
 

@@ -1,8 +1,7 @@
-"""Training for claims and sweeps: arms from scratch, and grids that differ in numbers alone."""
+"""Grids of settings that differ in numbers alone, each trained as one program."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,10 +11,9 @@ import optax
 from jax import Array
 
 from bnjax import initializers, models
-from bnjax.data import Dataset
-from bnjax.paired import Arm, Epoch, States, Trainer
-from bnjax.training import AnyArray, Batch, TrainState, to_float
-from experiments.lab import devices, metrics
+from bnjax.paired import Arm, Epoch, States
+from bnjax.training import Batch, TrainState
+from experiments.lab.scratch import train, with_rates
 
 ACTIVATION_NAMES = {"relu": "ReLU", "sigmoid": "sigmoid", "tanh": "tanh"}
 UNIT_NORMAL = initializers.normal(1.0)
@@ -37,28 +35,6 @@ class GridPoint(NamedTuple):
 def he_std(fan_in: int, fan_out: int) -> float:
     """Of `bnjax.initializers.he_normal`, for a `GridPoint`."""
     return math.sqrt(2 / fan_in)
-
-
-def train(
-    arms: Sequence[Arm],
-    keys: Array,
-    examples: Batch,
-    test: Batch,
-    *,
-    epochs: int,
-    batch_size: int,
-    drop_last: bool = True,
-    change: Callable[[States], States] = lambda states: states,
-) -> Iterator[Epoch]:
-    """Trains arms from scratch, on all devices; the arguments are those of a `Trainer`.
-
-    Batches are of all examples where there are fewer than `batch_size`; `change` is given the
-    initial states.
-    """
-    placements = devices.make_placements(tuple(arms), "auto", len(keys))
-    batch_size = min(batch_size, len(examples.labels))
-    trainer = Trainer(placements, keys, examples, test, batch_size, drop_last)
-    return trainer.epochs(change(trainer.initial_states()), range(1, epochs + 1))
 
 
 def train_grid(
@@ -111,24 +87,9 @@ def _scale(state: TrainState, points: Sequence[GridPoint], replicates: int) -> T
     return with_rates(state.replace(params=params), rates)
 
 
-def with_rates(state: TrainState, rates: np.ndarray) -> TrainState:
-    """A state whose replicates have learning rates of their own, `[R]` float32.
-
-    The optimizer is an `optax.inject_hyperparams`. Each state has its own copy of the rates, since
-    training donates it.
-    """
-    opt_state = state.opt_state._replace(hyperparams={"learning_rate": jnp.array(rates)})
-    return state.replace(opt_state=opt_state)
-
-
 def by_point(values: np.ndarray, points: Sequence[GridPoint]) -> np.ndarray:
     """`[C R, ...]` as `[C, R, ...]`."""
     return values.reshape(len(points), -1, *values.shape[1:])
-
-
-def curves(epochs: Iterable[Epoch], arms: Sequence[str]) -> metrics.Curves:
-    """The metrics of these epochs, `{arm: {metric: [epochs, R]}}`."""
-    return metrics.curves([line for one in epochs for line in metrics.lines_of(one, arms)], arms)
 
 
 def accuracy(epoch: Epoch) -> dict[str, np.ndarray]:
@@ -148,49 +109,3 @@ def networks(**fields: Any) -> dict[str, models.MLP]:
 def epochs_of(steps: int, batch_size: int, examples: Batch) -> int:
     """Epochs that come nearest to so many steps, at least one."""
     return max(1, round(steps * batch_size / len(examples.labels)))
-
-
-def unstack(state: TrainState) -> list[TrainState]:
-    """The replicates of an arm's state, one by one."""
-    return [jax.tree.map(lambda a, k=k: a[k], state) for k in range(np.size(state.step))]
-
-
-def batches(dataset: Dataset) -> tuple[Batch, Batch]:
-    """The training set and the test set."""
-    return Batch(*dataset[1:3]), Batch(*dataset[3:5])
-
-
-def head(batch: Batch, count: int) -> Batch:
-    """The first examples of a set."""
-    return Batch(batch.images[:count], batch.labels[:count])
-
-
-@partial(jax.jit, static_argnames=("size", "train"))
-def predict(
-    state: TrainState, images: Array, size: int, *, train: bool, key: Array | None = None
-) -> Array:
-    """Classes `[n]` of the images, `size` at a time, without those that fill no group.
-
-    Args:
-        state: the network.
-        images: `[N, ...]`, taken in their order.
-        size: images in a batch.
-        train: whether to predict in training mode.
-        key: for dropout in training mode.
-    """
-    rngs = {} if key is None else {"dropout": key}
-
-    def classes(group: Array) -> Array:
-        x = to_float(group)
-        logits, _ = state.apply_fn(
-            state.variables, x, train=train, mutable=["batch_stats"], rngs=rngs
-        )
-        return logits.argmax(axis=1)
-
-    whole = len(images) // size * size
-    return jax.lax.map(classes, images[:whole].reshape(-1, size, *images.shape[1:])).ravel()
-
-
-def accuracy_of(classes: Array, labels: AnyArray) -> float:
-    """Share of the classes `[n]` that are the first n labels."""
-    return float((classes == labels[: len(classes)]).mean())
