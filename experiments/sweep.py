@@ -131,11 +131,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     rows.append((cell, summarize_cell(cell, str(group[0].reference), labels)))
                     print_plain(console, f"{cell.name}: {_tell(rows[-1][1], labels)}")
                 raise_if_stopped()
-            told = [
+            cells = [
                 {**cell._asdict(), "differences": found.summary["differences"], "best": found.best}
                 for cell, found in rows
             ]
-            rundir.write_json(path / "sweep.json", {"cells": rundir.null_for_nan(told)})
+            rundir.write_json(path / "sweep.json", {"cells": rundir.null_for_nan(cells)})
             what = "the report could not be drawn"
             with exits.optional(console, what, "the same command tries again"):
                 _draw(path, dataclasses.replace(config, dataset=dataset.name), rows)

@@ -71,13 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def command(raise_if_stopped: Callable[[], None]) -> None:
         with exits.user_errors():
             arm = find_arm(config.arm)
-            if config.out:
-                rundir.check_free(rundir.expand(config.out))
             dataset = load_data(config.dataset, config.data_dir, console)
             if (count := min(len(dataset.train_labels), len(dataset.test_labels))) < GROUPS[0]:
                 raise ValueError(f"{dataset.name} has {count} images to train or test: expected 2")
-            path = config.out or rundir.default_path("train_eval_mode", dataset.name)
-            path = rundir.expand(path)
+            default = rundir.default_path("train_eval_mode", dataset.name)
+            path = rundir.expand(config.out or default)
+            rundir.check_free(path)
         path.mkdir(parents=True, exist_ok=True)
         numbers = lesson(dataset, arm, config.epochs, config.seed)
         raise_if_stopped()
@@ -120,9 +119,9 @@ def lesson(dataset: Dataset, arm: ArmSpec, epochs: int, seed: int) -> dict[str, 
     module, keys = arm.make(NETWORK), paired.replicate_keys(seed, 1)
     dropout = models.MLP(NETWORK.hidden_sizes, NETWORK.num_classes, None, dropout_rate=0.3)
     adam, call_key = optax.adam(NETWORK.learning_rate), paired.derive(keys[0], "calls")
-    both = [Arm(arm.name, module, adam), Arm("dropout", dropout, adam)]
-    batch_size = NETWORK.batch_size
-    *_, last = train(both, keys, examples, test, epochs=epochs, batch_size=batch_size)
+    both = Arm(arm.name, module, adam), Arm("dropout", dropout, adam)
+    size = NETWORK.batch_size
+    *_, last = train(both, keys, examples, test, epochs=epochs, batch_size=size)
     normalized, with_dropout = (unstack(last.states[one.name])[0] for one in both)
     return {
         "dataset": dataset.name,

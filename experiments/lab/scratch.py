@@ -19,8 +19,8 @@ def batches(dataset: Dataset) -> tuple[Batch, Batch]:
     return Batch(*dataset[1:3]), Batch(*dataset[3:5])
 
 
-def head(batch: Batch, count: int) -> Batch:
-    """The first examples of a set."""
+def head(batch: Batch, count: int | None) -> Batch:
+    """The first examples of a set, all of them without a count."""
     return Batch(batch.images[:count], batch.labels[:count])
 
 
