@@ -42,11 +42,7 @@ class CompareConfig:
 
 
 def read(path: Path) -> Run:
-    """A run, ended or not.
-
-    Raises:
-        ValueError: if it is none, is damaged, or has no epoch yet.
-    """
+    """A run, ended or not; `ValueError` if it has no epoch yet."""
     run = Run(path)
     if not run.epochs:
         raise ValueError(f"{path} has no epoch yet: let it run, or leave it out")
@@ -64,7 +60,7 @@ def differences(compared: Runs) -> dict[str, list[Any]]:
         }
         for run in compared.values()
     ]
-    names = list(dict.fromkeys(name for one in told for name in one))
+    names = dict.fromkeys(name for one in told for name in one)
     rows = {name: [one.get(name) for one in told] for name in names}
     return {name: row for name, row in rows.items() if any(value != row[0] for value in row)}
 
@@ -79,11 +75,12 @@ def pair(first: Run, other: Run) -> dict[str, dict[str, Any]] | None:
         `{arm: {metric: difference}}`, and as `{arm minus reference: ...}` how much more an arm is
         worth, for each that is held against the same reference in both.
     """
-    if _origin(first) != _origin(other):
+    both = first, other
+    if len({(run.experiment.seed, run.config["dataset"]["sha256"]) for run in both}) > 1:
         return None
-    epoch = min(first.epochs, other.epochs) - 1
-    count = min(first.experiment.replicates, other.experiment.replicates)
-    before, after = (_final(run, epoch, count) for run in (first, other))
+    epoch = min(run.epochs for run in both) - 1
+    count = min(run.experiment.replicates for run in both)
+    before, after = (_final(run, epoch, count) for run in both)
     return {
         name: {metric: metrics.difference(metric, after[name], before[name]) for metric in SHOWN}
         for name in before
@@ -102,10 +99,6 @@ def _final(run: Run, epoch: int, count: int) -> dict[str, dict[str, np.ndarray]]
         for arm in run.others
     }
     return arms | worth
-
-
-def _origin(run: Run) -> tuple[int, str]:
-    return run.experiment.seed, run.config["dataset"]["sha256"]
 
 
 def write(path: Path, compared: Runs) -> None:
@@ -141,7 +134,7 @@ def write(path: Path, compared: Runs) -> None:
         format=format_summary,
         paired=paired,
         runs=compared,
-        shown=list(SHOWN),
+        shown=SHOWN,
         summaries=summaries,
         titles=titles,
     )
@@ -156,22 +149,21 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
-    settings = tyro.cli(CompareConfig, args=arguments, prog=PROG, description=__doc__)
+    config = tyro.cli(CompareConfig, args=arguments, prog=PROG, description=__doc__)
     console = Console()
 
-    def command(raise_if_stopped: Callable[[], None]) -> int:
+    def command(_: Callable[[], None]) -> None:
         with exits.user_errors():
-            out = rundir.expand(settings.out)
+            out = rundir.expand(config.out)
             rundir.check_free(out)
-            paths = [rundir.expand(path).resolve() for path in settings.runs]
+            paths = [rundir.expand(path).resolve() for path in config.runs]
             compared = {name: read(path) for path, name in zip(paths, _names(paths), strict=True)}
-        told = "the comparison could not be drawn"
-        with exits.optional(console, told, f"its numbers are in {out / 'compare.json'}"):
+        then = f"its numbers are in {out / 'compare.json'}"
+        with exits.optional(console, "the comparison could not be drawn", then):
             write(out, compared)
             print_plain(console, f"comparison: {out / 'compare.html'}")
         for name, values in differences(compared).items():
             print_plain(console, f"{name}: {', '.join(map(str, values))}")
-        return 0
 
     return exits.run(command)
 

@@ -18,19 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import tyro
 from rich.console import Console
 
-from bnjax import data
 from bnjax.data import Dataset
 from bnjax.errors import CheckpointError
 from bnjax.names import choose
-from experiments.lab import arms, devices, exits, rundir
-from experiments.lab.cells import METRIC, CellResult, SweepCell, summarize_cell, train
+from experiments.lab import arms, devices, exits, results, rundir
+from experiments.lab.cells import METRIC, SETTING, CellResult, SweepCell, summarize_cell, train
 from experiments.lab.console import format_final, format_summary, print_plain
-from experiments.lab.options import flags
-from experiments.lab.plan import check_memory, describe, load_data
+from experiments.lab.plan import check_memory, load_data
 from experiments.lab.presets import PRESETS, Experiment
 
 PROG = "python -m experiments.sweep"
@@ -38,8 +35,8 @@ AXES = ("learning_rate", "activation", "batch_size")
 Row = tuple[SweepCell, CellResult]
 
 
-@dataclass(frozen=True)
-class SweepConfig:
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(results.CommonConfig):
     """The grid; an axis that is not given has the preset's value alone."""
 
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
@@ -63,12 +60,6 @@ class SweepConfig:
     preset: Annotated[str, tyro.conf.arg(metavar="|".join(PRESETS))] = "boostcourse"
     """Everything else."""
 
-    dataset: Annotated[str, tyro.conf.arg(metavar="|".join(data.NAMES))] = "auto"
-    """What to train on."""
-
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Where the dataset's IDX files are."""
-
     epochs: int | None = None
     """Times through the training set, instead of the preset's."""
 
@@ -77,9 +68,6 @@ class SweepConfig:
 
     replicates: int = 3
     """Independent repetitions in each cell."""
-
-    seed: int = 0
-    """Decides everything random."""
 
     def __post_init__(self) -> None:
         choose("preset", self.preset, PRESETS)
@@ -122,74 +110,42 @@ class SweepConfig:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
+    config = tyro.cli(SweepConfig, args=arguments, prog=PROG, description=__doc__)
     console = Console()
-    settings = tyro.cli(SweepConfig, args=arguments, prog=PROG, description=__doc__)
-    path = rundir.expand(settings.out)
-    started = False
+    again: list[str] = []
 
-    def command(raise_if_stopped: Callable[[], None]) -> int:
-        nonlocal settings, started
-        with contextlib.ExitStack() as stack:
-            with exits.user_errors():
-                dataset = load_data(settings.dataset, settings.data_dir, console)
-                requested = settings.dataset
-                settings = dataclasses.replace(settings, dataset=dataset.name)
-                devices.set_cpu_devices()
-                groups = settings.groups()
-                for group in groups:
-                    check_group(group, dataset)
-                if cache := data.cache_directory():
-                    devices.enable_compilation_cache(cache / "programs")
-                jax.config.update("jax_default_matmul_precision", Experiment.matmul_precision)
-                described = describe(settings.resolved(), dataset, requested, settings.data_dir)
-                stack.enter_context(rundir.claim_directory(path, *described))
-                started = True
+    def command(raise_if_stopped: Callable[[], None]) -> None:
+        with exits.user_errors():
+            path = rundir.expand(config.out)
+            dataset = load_data(config.dataset, config.data_dir, console)
+            results.set_up_jax()
+            groups = config.groups()
+            for group in groups:
+                _check(group, dataset)
+        with results.directory(path, config.resolved(), config, dataset):
+            again.extend(results.command(PROG, config))
             labels = {spec.name: spec.label for spec in arms.choose(groups[0][0])}
             rows: list[Row] = []
             for group in groups:
                 for cell in _train_once(path, group, dataset):
                     rows.append((cell, summarize_cell(cell, str(group[0].reference), labels)))
-                    print_plain(console, f"{_name(cell)}: {_tell(rows[-1][1], labels)}")
+                    print_plain(console, f"{cell.name}: {_tell(rows[-1][1], labels)}")
                 raise_if_stopped()
-            content = [
-                {
-                    **cell._asdict(),
-                    "differences": result.summary["differences"],
-                    "best": result.best,
-                }
-                for cell, result in rows
+            cells = [
+                {**cell._asdict(), "differences": found.summary["differences"], "best": found.best}
+                for cell, found in rows
             ]
-            rundir.write_json(path / "sweep.json", {"cells": rundir.null_for_nan(content)})
-            then = "the same command tries again"
-            with exits.optional(console, "the report could not be drawn", then):
-                _draw(path, settings, rows)
+            rundir.write_json(path / "sweep.json", {"cells": rundir.null_for_nan(cells)})
+            what = "the report could not be drawn"
+            with exits.optional(console, what, "the same command tries again"):
+                _draw(path, dataclasses.replace(config, dataset=dataset.name), rows)
                 print_plain(console, f"report: {path / 'sweep.html'}")
-        return 0
 
-    return exits.run(command, lambda: _words(settings) if started else [])
-
-
-def _name(cell: SweepCell) -> str:
-    return f"{cell.activation}, batches of {cell.batch_size}, learning rate {cell.learning_rate:g}"
+    return exits.run(command, lambda: again)
 
 
-def _tell(result: CellResult, labels: Mapping[str, str]) -> str:
-    if not result.told:
-        return "".join(
-            format_summary(METRIC, one[METRIC]) for one in result.summary["arms"].values()
-        )
-    if len(result.told) == 1:
-        return "".join(result.told.values())
-    told = "".join(f"{labels[arm]}: {text}; " for arm, text in result.told.items())
-    return f"{told}best: {' and '.join(labels[arm] for arm in result.best) or 'none'}"
-
-
-def check_group(group: Sequence[Experiment], dataset: Dataset) -> None:
-    """Refuses cells that the data or the memory are too small for, and arms that cannot be.
-
-    Raises:
-        ValueError: what does not fit.
-    """
+def _check(group: Sequence[Experiment], dataset: Dataset) -> None:
+    """Refuses cells that the data or the memory are too small for, and arms that cannot be."""
     made = arms.make_arms(group[0])
     group[0].check_against(dataset)
     arms.check_sizes(group[0], len(dataset.train_labels))
@@ -208,35 +164,45 @@ def _train_once(path: Path, group: Sequence[Experiment], dataset: Dataset) -> li
     saved = rundir.read_object(file, ["cells"])["cells"]
     with contextlib.suppress(TypeError):
         cells = [SweepCell(**rundir.nan_for_null(one)) for one in saved]
-        settings = [(one.activation, one.batch_size, one.learning_rate) for one in group]
-        if [cell[:3] for cell in cells] == settings:
+        if [cell[:3] for cell in cells] == [SETTING(one) for one in group]:
             return cells
     raise CheckpointError(f"{file} is not what this sweep wrote: delete it to train it again")
 
 
-def _draw(path: Path, settings: SweepConfig, rows: Sequence[Row]) -> None:
+def _tell(found: CellResult, labels: Mapping[str, str]) -> str:
+    """A cell in a line: its only network, the only difference, or all of them and the best."""
+    if len(labels) == 1:
+        (only,) = found.summary["arms"].values()
+        return format_summary(METRIC, only[METRIC])
+    if len(labels) == 2:
+        return "".join(found.told.values())
+    told = "".join(f"{labels[arm]}: {text}; " for arm, text in found.told.items())
+    return f"{told}best: {' and '.join(labels[arm] for arm in found.best) or 'none'}"
+
+
+def _draw(path: Path, config: SweepConfig, rows: Sequence[Row]) -> None:
     from experiments.report import heat
     from experiments.report.figures import to_svg
     from experiments.report.page import render, svg_uri
 
-    experiment = settings.groups()[0][0]
-    specs = {spec.name: spec for spec in arms.choose(experiment)}
-    labels = {arm: spec.label for arm, spec in specs.items()}
+    experiment = config.groups()[0][0]
+    specs = arms.choose(experiment)
+    labels = {spec.name: spec.label for spec in specs}
     others = {arm: label for arm, label in labels.items() if arm != experiment.reference}
-    picture = to_svg(heat.maps(rows, others)) if others else b""
-    rundir.write_bytes(path / "sweep.svg", picture)
+    picture = to_svg(heat.maps(rows, others)) if others else None
+    if picture:
+        rundir.write_bytes(path / "sweep.svg", picture)
     page = render(
         "sweep.html.j2",
-        command=shlex.join(_words(settings)),
+        command=shlex.join(results.command(PROG, config)),
         config=rundir.read_config(path),
         format=format_final,
         labels=labels,
         map=picture and svg_uri(picture),
-        name=_name,
         ranked={arm: _ranked(rows, arm) for arm in others},
         reference=experiment.reference,
         rows=rows,
-        titles={arm: spec.title or spec.label for arm, spec in specs.items()},
+        titles={spec.name: spec.title or spec.label for spec in specs},
     )
     rundir.write_bytes(path / "sweep.html", page.encode(errors="replace"))
 
@@ -248,13 +214,6 @@ def _ranked(rows: Sequence[Row], arm: str) -> list[Row]:
         return row[1].summary["differences"][arm][METRIC]["mean"]
 
     return sorted((row for row in rows if worth(row) is not None), key=worth)
-
-
-def _words(settings: SweepConfig) -> list[str]:
-    """The command that runs the same again."""
-    values = {field: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-    changed = {field.name: value for field, value in values.items() if value != field.default}
-    return [*PROG.split(), *flags(changed)]
 
 
 if __name__ == "__main__":

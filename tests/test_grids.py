@@ -14,7 +14,7 @@ from bnjax import initializers, models, paired
 from bnjax.paired import Arm, Epoch, Placement, Trainer
 from bnjax.parallel.mesh import make_mesh
 from bnjax.training import Batch, Metrics
-from experiments.lab.grids import GridPoint, accuracy, by_point, epochs_of, networks, train_grid
+from experiments.claims.grids import GridPoint, accuracy, by_point, epochs_of, networks, train_grid
 
 REPLICATES, BATCH, WIDTH = 2, 8, 40
 

@@ -270,7 +270,7 @@ class TestRealClaim:
                 assert row[name]
                 assert plain(row[name]) in page.text
         assert f"{REAL.id}: PASS" in page.text
-        assert f"python -m experiments.reproduce {REAL.id} --quick --dataset digits" in page.text
+        assert f"python -m experiments.reproduce {REAL.id} --dataset digits --quick" in page.text
         assert "PASS 1 , FAIL 0 , INCONCLUSIVE 0" in page.text
         assert "Quick run on digits, seed 0" in page.text
 

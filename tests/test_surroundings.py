@@ -13,7 +13,7 @@ import matplotlib
 import pytest
 from factories import named, save_run
 
-from experiments import compare, report, sweep, train_eval_mode
+from experiments import compare, report, sweep
 from experiments.claims import Evidence, load_claims, verdicts
 from experiments.lab import metrics, rundir
 from experiments.lab.presets import BOOSTCOURSE
@@ -117,8 +117,7 @@ def draw(made_up_runs: list[Path]) -> dict[str, bytes]:
             "evaluation": {"accuracy": 0.9},
         },
     }
-    train_eval_mode.draw(place / "train_eval_mode.png", numbers)
-    drawn["modes"] = (place / "train_eval_mode.png").read_bytes()
+    drawn["modes"] = figures.to_png(figures.train_eval_mode(numbers))
     return drawn
 
 

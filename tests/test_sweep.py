@@ -1,6 +1,7 @@
 """A grid of paired runs."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -16,13 +17,13 @@ GRID = "--dataset", "digits", "--epochs", "2", "--replicates", "2", "--learning-
 
 
 def test_cells_that_differ_in_the_rate_alone_are_together(tmp_path):
-    settings = SweepConfig(tmp_path, (0.1, 0.01), (32, 64, 128), ("relu", "tanh"))
-    groups = settings.groups()
+    axes = {"learning_rate": (0.1, 0.01), "batch_size": (32, 64, 128)}
+    groups = SweepConfig(out=tmp_path, **axes, activation=("relu", "tanh")).groups()
     assert len(groups) == 6
     for group in groups:
         assert [one.learning_rate for one in group] == [0.1, 0.01]
         assert len({(one.activation, one.batch_size) for one in group}) == 1
-    assert SweepConfig(tmp_path).groups()[0][0].batch_size == BOOSTCOURSE.batch_size
+    assert SweepConfig(out=tmp_path).groups()[0][0].batch_size == BOOSTCOURSE.batch_size
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def test_cells_that_differ_in_the_rate_alone_are_together(tmp_path):
 )
 def test_mistakes(tmp_path, changes, told):
     with pytest.raises(ValueError, match=told):
-        SweepConfig(tmp_path, **changes)
+        SweepConfig(out=tmp_path, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,14 @@ def test_goes_on_where_it_stopped(swept, monkeypatch):
     monkeypatch.setattr(sweep, "train", None)
     assert sweep.main([*GRID, "0.0001", "0.01", "--out", str(swept)]) == 0
     assert (swept / "sweep.json").read_bytes() == before
+
+
+def test_one_network_alone_has_a_page_and_no_map(tmp_path, capsys):
+    path = tmp_path / "out"
+    assert sweep.main([*GRID, "0.01", "--out", str(path), "--arms", "bn"]) == 0
+    assert not (path / "sweep.svg").exists()
+    assert "<img" not in (path / "sweep.html").read_text()
+    assert re.search(r"learning rate 0.01: \d+\.\d\d ± \d+\.\d\d %\n", capsys.readouterr().out)
 
 
 def test_other_settings_are_refused(swept, capsys):

@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike
 from bnjax import paired, statistics
 from bnjax.data import Dataset
 from bnjax.training import Batch
+from experiments.lab.scratch import batches, head
 from experiments.report import figures
 
 T = TypeVar("T")
@@ -186,8 +187,8 @@ class Settings:
 
     def data(self, count: int | None = None) -> tuple[Batch, Batch]:
         """The first so many training images, all of them without a count, and the test set."""
-        _, images, labels, *test = self.dataset[:5]
-        return Batch(images[:count], labels[:count]), Batch(*test)
+        train, test = batches(self.dataset)
+        return head(train, count), test
 
 
 @dataclass(frozen=True)

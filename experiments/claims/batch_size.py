@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 from bnjax import models
 from bnjax.paired import Arm
 from experiments.claims import Check, Claim, Evidence, Settings, collect
-from experiments.lab.grids import accuracy, train
+from experiments.claims.grids import accuracy
+from experiments.lab.scratch import train
 from experiments.report import figures
 
 SIZES = (2, 4, 8, 16, 32)

@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.claims import LABELS, Check, Claim, Evidence, Settings, collect, draw_arms
-from experiments.lab.grids import GridPoint, accuracy, by_point, epochs_of, he_std, train_grid
+from experiments.claims.grids import GridPoint, accuracy, by_point, epochs_of, he_std, train_grid
 from experiments.report import figures
 
 DEPTHS = (5, 10, 20, 40)

@@ -14,8 +14,8 @@ from bnjax.functional import BatchStats, batch_norm_train
 from bnjax.training import Batch, TrainState
 from experiments.claims import STYLES, Check, Claim, Evidence, Settings, collect
 from experiments.lab.arms import make_arms
-from experiments.lab.grids import train, unstack
 from experiments.lab.presets import BOOSTCOURSE
+from experiments.lab.scratch import train, unstack
 from experiments.report import figures
 
 MOMENTUM, BATCH, BATCHES, STREAMS = 0.9, 16, 150, 500
@@ -33,8 +33,7 @@ def run(settings: Settings) -> Evidence:
     *_, last = train([arm], keys, examples, test, epochs=epochs, batch_size=PRESET.batch_size)
     pairs = zip(unstack(last.states["bn"]), keys, strict=True)
     found = [_look(*pair, arm.module, examples, test) for pair in pairs]
-    bias, startup, running = ([one[x] for one in found] for x in ("bias", "startup", "running"))
-    estimated = np.array([one["estimated"] for one in found])  # [R, len(SAMPLES)]
+    bias, startup, running, estimated = map(np.array, zip(*found, strict=True))
     few, some, many = (estimated[:, SAMPLES.index(count)] for count in (10, 1000, SAMPLES[-1]))
     values = (bias, startup, few - many, some - many, running - many)
     return collect(CLAIM.checks, values, {"estimated": estimated, "running": running})
@@ -42,7 +41,8 @@ def run(settings: Settings) -> Evidence:
 
 def _look(
     state: TrainState, key: Array, model: nn.Module, examples: Batch, test: Batch
-) -> dict[str, Any]:
+) -> tuple[Array, Array, float, list[float]]:
+    """Both biases, and accuracy with running statistics and with those of so many `SAMPLES`."""
     dense = state.params["Dense_0"]
     pixels = training.to_float(examples.images[:10_000])
     x = pixels.reshape(len(pixels), -1) @ dense["kernel"]
@@ -56,15 +56,10 @@ def _look(
     def estimate(count: int) -> dict[str, Any]:
         some = images[:count]
         batches = [some[k : k + 1000] for k in range(0, len(some), 1000)]
-        batches = [batch for batch in batches if len(batch) > 1]
-        return population.estimate(model, state.variables, batches)
+        whole = [batch for batch in batches if len(batch) > 1]
+        return population.estimate(model, state.variables, whole)
 
-    return {
-        "bias": float(bias),
-        "startup": float(startup),
-        "running": accuracy(state.variables),
-        "estimated": [accuracy(estimate(count)) for count in SAMPLES],
-    }
+    return bias, startup, accuracy(state.variables), [accuracy(estimate(n)) for n in SAMPLES]
 
 
 @jax.jit

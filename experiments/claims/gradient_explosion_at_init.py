@@ -1,7 +1,6 @@
 """Batch normalization makes gradients explode with depth at initialization."""
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bnjax import diagnostics, initializers, models
-from bnjax.training import Batch
 from experiments.claims import STYLES, Check, Claim, Evidence, Settings, around, collect
 from experiments.report import figures
 
@@ -27,24 +25,19 @@ def run(settings: Settings) -> Evidence:
     def measure(norm: str | None, size: int) -> np.ndarray:
         model = models.MLP((width,) * DEPTH, 10, norm, kernel_init=initializers.he_normal)
         batch, _ = settings.data(size)
-        found = [_norms(model, _init(model, key), batch) for key in keys]
-        return np.array(found, np.float64) ** 2  # [R, DEPTH]
+
+        @jax.jit
+        def probe(key: jax.Array) -> jax.Array:
+            variables = model.init(key, jnp.zeros((2, 784)), train=True)
+            by_layer = diagnostics.backpropagated_norms(model, variables, batch)
+            return jnp.stack([by_layer[f"Dense_{k}"] for k in range(DEPTH)])
+
+        return np.array([probe(key) for key in keys], np.float64) ** 2  # [R, DEPTH]
 
     squares = {str(size): measure("batch", size) for size in PUBLISHED}
     squares["no_bn"] = measure(None, 128)
     first = {name: values[0] for name, values in squares.items()}
     return collect(CLAIM.checks, map(_growth, squares.values()), first)
-
-
-@partial(jax.jit, static_argnums=0)
-def _init(model: models.MLP, key: jax.Array) -> diagnostics.Variables:
-    return model.init(key, jnp.zeros((2, 784)), train=True)
-
-
-@partial(jax.jit, static_argnums=0)
-def _norms(model: models.MLP, variables: diagnostics.Variables, batch: Batch) -> jax.Array:
-    by_layer = diagnostics.backpropagated_norms(model, variables, batch)
-    return jnp.stack([by_layer[f"Dense_{k}"] for k in range(DEPTH)])
 
 
 def _growth(squares: np.ndarray) -> np.ndarray:

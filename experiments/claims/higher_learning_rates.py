@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 
 from bnjax import models
 from experiments.claims import LABELS, Check, Claim, Evidence, Settings, around, collect, draw_arms
-from experiments.lab.grids import (
+from experiments.claims.grids import (
     ACTIVATION_NAMES,
     GridPoint,
     accuracy,

@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.claims import Check, Claim, Evidence, Settings, collect, draw_arms
-from experiments.lab.grids import GridPoint, by_point, train_grid
+from experiments.claims.grids import GridPoint, by_point, train_grid
 from experiments.report import figures
 
 SCALES = np.logspace(0, -4, 16)

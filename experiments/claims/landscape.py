@@ -15,7 +15,8 @@ from bnjax import diagnostics, initializers, models, norms
 from bnjax.paired import Arm
 from bnjax.training import Batch
 from experiments.claims import LABELS, Check, Claim, Evidence, Settings, collect, draw_arms
-from experiments.lab.grids import accuracy, head, train
+from experiments.claims.grids import accuracy
+from experiments.lab.scratch import head, train
 from experiments.report import figures
 
 RATE, BATCH, EXAMPLES = 0.1, 100, 10_000

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from bnjax import diagnostics, models
 from bnjax.training import Batch
 from experiments.claims import LABELS, STYLES, Check, Claim, Evidence, Settings, collect, draw_arms
-from experiments.lab.grids import GridPoint, accuracy, epochs_of, head, networks, train_grid
+from experiments.claims.grids import GridPoint, accuracy, epochs_of, networks, train_grid
+from experiments.lab.scratch import head
 from experiments.report import figures
 
 STEPS, BATCH, RATE, STD = 50_000, 60, 0.1, 0.1

@@ -17,9 +17,8 @@ from experiments.claims import (
     predicted,
 )
 from experiments.lab.arms import make_arms
-from experiments.lab.grids import train
-from experiments.lab.metrics import curves, lines_of
 from experiments.lab.presets import NOTEBOOKS, PRESETS
+from experiments.lab.scratch import curves, train
 from experiments.report import figures
 
 _PRINTED = {  # training cost of each epoch, as printed
@@ -47,10 +46,9 @@ def run(preset: str, settings: Settings) -> Evidence:
         batch_size=experiment.batch_size,
         drop_last=experiment.drop_last,
     )
-    lines = [line for epoch in by_epoch for line in lines_of(epoch, experiment.arms)]
     found = {
         arm: {"cost": of_arm["train_cost"].T, "accuracy": 100 * of_arm["test_accuracy"].T}
-        for arm, of_arm in curves(lines, experiment.arms).items()
+        for arm, of_arm in curves(by_epoch, experiment.arms).items()
     }  # [R, epochs]
     if preset == "deep10":
         claim, values = ACCURACY, [found[arm]["accuracy"][:, -1] for arm in ACCURACIES]

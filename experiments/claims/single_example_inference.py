@@ -12,8 +12,8 @@ from bnjax import diagnostics
 from bnjax.training import Batch, TrainState
 from experiments.claims import STYLES, Check, Claim, Evidence, Settings, collect
 from experiments.lab.arms import make_arms
-from experiments.lab.grids import accuracy_of, head, predict, train, unstack
 from experiments.lab.presets import LAB10
+from experiments.lab.scratch import accuracy_of, head, predict, train, unstack
 from experiments.report import figures
 
 PRESET = LAB10
@@ -26,26 +26,24 @@ def run(settings: Settings) -> Evidence:
     arm, data, epochs = make_arms(PRESET)[0], settings.data(), settings.either(1, EPOCHS)
     *_, last = train([arm], keys, *data, epochs=epochs, batch_size=PRESET.batch_size)
     found = [_look(arm.module, state, data[1]) for state in unstack(last.states["bn"])]
-    names = ("commonest", "refused", "accuracy", "twice", "changed")
-    values = [[one[name] for one in found] for name in names]
-    picture = {"votes": found[0]["votes"]}
-    return collect(CLAIM.checks, values, picture, settings.incomparable())
+    *values, votes = zip(*found, strict=True)
+    return collect(CLAIM.checks, values, {"votes": votes[0]}, settings.incomparable())
 
 
-def _look(model: nn.Module, state: TrainState, test: Batch) -> dict[str, Any]:
+def _look(model: nn.Module, state: TrainState, test: Batch) -> tuple[Any, ...]:
+    """What the checks ask for, and how often each class is predicted in both modes."""
     images = jnp.asarray(test.images)
     twice = predict(state, images.repeat(2, axis=0), 2, train=True)[::2]
     alone = predict(state, images, 1, train=False)
     hundred = diagnostics.train_eval_discrepancy(model, state.variables, head(test, 100))
     votes = [np.bincount(classes, minlength=10) for classes in (twice, alone)]
-    return {
-        "commonest": 100 * float(votes[0].max() / votes[0].sum()),
-        "refused": float(_is_refused(state, images[:1])),
-        "accuracy": 100 * accuracy_of(alone, test.labels),
-        "twice": 100 * accuracy_of(twice, test.labels),
-        "changed": 100 * float(hundred["changed"]),
-        "votes": votes,
-    }
+    return (
+        100 * votes[0].max() / votes[0].sum(),
+        _is_refused(state, images[:1]),
+        *(100 * accuracy_of(found, test.labels) for found in (alone, twice)),
+        100 * float(hundred["changed"]),
+        votes,
+    )
 
 
 def _is_refused(state: TrainState, image: jax.Array) -> bool:

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 
 from bnjax import diagnostics, models, paired
 from bnjax.training import Batch
-from experiments.claims import LABELS, STYLES, Check, Claim, Evidence, Settings, collect
-from experiments.lab import grids
-from experiments.lab.grids import ACTIVATION_NAMES, GridPoint, by_point
+from experiments.claims import LABELS, STYLES, Check, Claim, Evidence, Settings, collect, grids
+from experiments.claims.grids import ACTIVATION_NAMES, GridPoint, by_point
+from experiments.lab.scratch import head
 from experiments.report import figures
 
 DEPTH, WIDTH = 10, 64
@@ -42,13 +42,13 @@ def run(settings: Settings) -> Evidence:
     points = [GridPoint(rate, INITS[init]) for init, rate in GRID]
 
     def measure(activation: str) -> dict[str, dict[str, np.ndarray]]:
-        fields: dict[str, Any] = {"hidden_sizes": (WIDTH,) * DEPTH}
-        fields["activation"] = models.activation(activation)
+        sizes, function = (WIDTH,) * DEPTH, models.activation(activation)
+        fields: dict[str, Any] = {"hidden_sizes": sizes, "activation": function}
         found: dict[str, dict[str, np.ndarray]] = {arm: {} for arm in LABELS}
 
         def look(when: str, states: paired.States) -> None:
             for arm, module in grids.networks(**fields).items():
-                norms = _gradient_norms(module, states[arm].variables, grids.head(data[0], 500))
+                norms = _gradient_norms(module, states[arm].variables, head(data[0], 500))
                 found[arm][when] = np.exp(by_point(np.log(norms), points).mean(axis=1))
 
         before = partial(look, "before")
@@ -90,7 +90,8 @@ def draw(evidence: Evidence) -> Figure:
         table = np.reshape(means, (-1, len(RATES)))
         axes.imshow(table, vmin=0, vmax=100, cmap="viridis", aspect="auto")
         for (y, x), value in np.ndenumerate(table):
-            axes.text(x, y, f"{value:.0f}", ha="center", va="center", color=_ink(value), fontsize=8)
+            ink: dict[str, Any] = {"color": "black" if value > 60 else "white", "fontsize": 8}
+            axes.text(x, y, f"{value:.0f}", ha="center", va="center", **ink)
         axes.set_xticks(range(len(RATES)), [f"{rate:g}" for rate in RATES])
         axes.set_yticks(range(len(ticks)), ticks if arm == "no_bn" else [])
         axes.set_xlabel("learning rate; test accuracy in percent")
@@ -104,10 +105,6 @@ def draw(evidence: Evidence) -> Figure:
         axes.sharey(row[2])
     row[2].legend(frameon=False, fontsize=7)
     return figure
-
-
-def _ink(value: float) -> str:
-    return "black" if value > 60 else "white"
 
 
 BROKEN = "does not train"

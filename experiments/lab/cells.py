@@ -1,6 +1,7 @@
 """The cells of a sweep: trained together where only learning rates differ, and what each says."""
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -9,13 +10,13 @@ import optax
 
 from bnjax import paired
 from bnjax.data import Dataset
-from bnjax.paired import Arm, States
-from bnjax.training import Batch
-from experiments.lab import arms, grids, metrics
+from bnjax.paired import Arm
+from experiments.lab import arms, metrics, scratch
 from experiments.lab.console import format_summary
 from experiments.lab.presets import Experiment
 
 METRIC = "test_accuracy"
+SETTING = attrgetter("activation", "batch_size", "learning_rate")  # of an experiment
 ADAM = optax.inject_hyperparams(optax.adam)(learning_rate=1.0)
 
 
@@ -27,39 +28,36 @@ class SweepCell(NamedTuple):
     learning_rate: float
     values: dict[str, dict[str, list[float]]]
 
+    @property
+    def name(self) -> str:
+        """The setting in words."""
+        shown = f"{self.activation}, batches of {self.batch_size}"
+        return f"{shown}, learning rate {self.learning_rate:g}"
+
 
 def train(group: Sequence[Experiment], dataset: Dataset) -> list[SweepCell]:
     """The cells of experiments that differ in the learning rate alone, by one program."""
     first, count = group[0], group[0].replicates
     rates = np.repeat([one.learning_rate for one in group], count).astype(np.float32)
-
-    def change(states: States) -> States:
-        return {name: grids.with_rates(state, rates) for name, state in states.items()}
-
-    epochs = grids.train(
+    epochs = scratch.train(
         [Arm(arm.name, arm.module, ADAM) for arm in arms.make_arms(first)],
         jnp.tile(paired.replicate_keys(first.seed, count), len(group)),
-        Batch(dataset.train_images, dataset.train_labels),
-        Batch(dataset.test_images, dataset.test_labels),
+        *scratch.batches(dataset),
         epochs=first.epochs,
         batch_size=first.batch_size,
         drop_last=first.drop_last,
-        change=change,
+        change=lambda states: {arm: scratch.with_rates(s, rates) for arm, s in states.items()},
     )
-    lines = [line for epoch in epochs for line in metrics.lines_of(epoch, first.arms)]
-    final = {
-        arm: {name: values[-1].reshape(len(group), count) for name, values in of_arm.items()}
-        for arm, of_arm in metrics.curves(lines, first.arms).items()
-    }
-    return [
-        SweepCell(
-            one.activation,
-            one.batch_size,
-            one.learning_rate,
-            {arm: {m: v[k].tolist() for m, v in of_arm.items()} for arm, of_arm in final.items()},
-        )
-        for k, one in enumerate(group)
-    ]
+    curves = scratch.curves(epochs, first.arms)
+
+    def final(k: int) -> dict[str, dict[str, list[float]]]:
+        own = slice(k * count, (k + 1) * count)
+        return {
+            arm: {metric: values[-1, own].tolist() for metric, values in of_arm.items()}
+            for arm, of_arm in curves.items()
+        }
+
+    return [SweepCell(*SETTING(one), final(k)) for k, one in enumerate(group)]
 
 
 class CellResult(NamedTuple):

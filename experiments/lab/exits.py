@@ -13,6 +13,7 @@ from types import FrameType
 from typing import NoReturn
 
 import jax
+from jax.errors import JaxRuntimeError
 from rich.console import Console
 
 from bnjax.errors import CheckpointError, shorten
@@ -43,28 +44,23 @@ def user_errors() -> Iterator[None]:
 
 @contextmanager
 def optional(console: Console, what: str, then: str) -> Iterator[None]:
-    """Where something fails that a run can do without: that costs a sentence, and not the run.
+    """Where something fails that a run can do without: says what, and what can be done `then`.
 
-    A file that cannot be written, as on a full disk, and lost processes end it nevertheless.
-
-    Args:
-        console: where to say it.
-        what: what could not be done.
-        then: how to do it, or what goes on without it.
+    A file that cannot be written, as on a full disk, and lost processes end the run nevertheless.
     """
     try:
         yield
     except Exception as error:
         if isinstance(error, rundir.WriteError) or processes.is_lost(error):
             raise
-        told = f"NOTE: {what} ({shorten(error)}): {then}"
-        print_plain(console, told, style="bold yellow")
+        print_plain(console, f"NOTE: {what} ({shorten(error)}): {then}", style="bold yellow")
 
 
 def run(
-    command: Callable[[Callable[[], None]], int], resume_command: Callable[[], Sequence[str]] = list
+    command: Callable[[Callable[[], None]], int | None],
+    resume_command: Callable[[], Sequence[str]] = list,
 ) -> int:
-    """Runs a command and returns its exit status.
+    """Runs a command and returns its exit status, by default 0.
 
     Args:
         command: given what raises if the command is to stop, and is to be called now and then.
@@ -75,7 +71,7 @@ def run(
             stream.reconfigure(errors="replace")  # a terminal without ± is no reason to fail
     try:
         with _stopping() as raise_if_stopped:
-            return command(raise_if_stopped)
+            return command(raise_if_stopped) or 0
     except (UserError, CheckpointError) as error:
         return _tell(f"error: {error}", 2, by_first=isinstance(error, UserError))
     except OSError as error:
@@ -84,7 +80,8 @@ def run(
     except Exception as error:
         if processes.is_lost(error):
             return _tell("error: another process is lost", 1, resume_command())
-        if _is_out_of_memory(error):
+        told = re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory|Unable to allocate", str(error))
+        if isinstance(error, MemoryError) or (isinstance(error, JaxRuntimeError) and told):
             hint = "choose smaller networks, a smaller batch or fewer replicates"
             return _tell(f"error: out of memory: {hint}", 2)
         if not jax.distributed.is_initialized():
@@ -94,12 +91,6 @@ def run(
     except (KeyboardInterrupt, Terminated) as stop:
         status = 130 if isinstance(stop, KeyboardInterrupt) else 143
         return _tell("stopped", status, resume_command(), by_first=True)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    told = re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory|Unable to allocate", str(error))
-    jax_says_so = isinstance(error, jax.errors.JaxRuntimeError) and told is not None
-    return jax_says_so or isinstance(error, MemoryError)
 
 
 def leave(status: int) -> NoReturn:
@@ -116,9 +107,7 @@ def leave(status: int) -> NoReturn:
     sys.exit(status)
 
 
-def _tell(
-    message: str, status: int, words: Sequence[str] | None = None, *, by_first: bool = False
-) -> int:
+def _tell(message: str, status: int, words: Sequence[str] = (), *, by_first: bool = False) -> int:
     """Says why the command ends; of several processes each says its own, or the first for all."""
     hint = f"; go on with: {shlex.join(words)}" if words else ""
     if processes.is_first():

@@ -185,18 +185,6 @@ def describe_data(dataset: Dataset, requested: str) -> dict[str, str]:
     }
 
 
-def describe(
-    settings: dict[str, Any], dataset: Dataset, requested: str, data_dir: Path | None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `rundir.claim_directory` keeps of results that are no run: settings, and origin."""
-    config = {
-        "experiment": settings,
-        "execution": {"data_dir": data_dir and str(rundir.expand(data_dir).absolute())},
-        "dataset": describe_data(dataset, requested),
-    }
-    return config, {**rundir.provenance(), **devices.describe()}
-
-
 def check_memory(made: Sequence[Arm], replicates: int, images: AnyArray, available: int) -> None:
     """Refuses what cannot fit, before a system without memory ends the program without a word.
 

@@ -178,43 +178,6 @@ def locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-@contextmanager
-def claim_directory(
-    path: Path, config: Mapping[str, Any], origin: Mapping[str, Any]
-) -> Iterator[None]:
-    """Keeps a directory of results to this process: a new one, or one of the same settings.
-
-    Args:
-        path: of the directory.
-        config: `experiment`, `execution` and `dataset`, as a run has them.
-        origin: versions and devices.
-
-    Raises:
-        ValueError: if something else is there, or results with other settings.
-        CheckpointError: if another process has it.
-    """
-    if not (path / "config.json").exists():
-        create(path, {**config, **origin})
-        with locked(path):
-            yield
-        return
-    saved, settings = read_config(path), config["experiment"]
-    if saved["experiment"].keys() != settings.keys():
-        raise ValueError(f"{path} holds another kind of run: choose another directory for --out")
-    before, now = (
-        {**one["experiment"], "data": f"{one['dataset']['name']} {one['dataset']['sha256'][:12]}"}
-        for one in (saved, config)
-    )
-    if before != now:
-        changed = [name for name in now if before[name] != now[name]]
-        told = [f"{name} was {before[name]}, now {now[name]}" for name in changed]
-        raise ValueError(f"{path} holds results with other settings: {', '.join(told)}")
-    with locked(path):
-        resumed = [*saved.get("resumed", []), origin]
-        write_json(path / "config.json", {**saved, "resumed": resumed})
-        yield
-
-
 def is_finished(path: Path, epochs: int) -> bool:
     """Whether a run has written its summary, the last of its files, after that many epochs."""
     try:

@@ -1,0 +1,111 @@
+"""Grids of settings that differ in numbers alone, each trained as one program."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from bnjax import initializers, models
+from bnjax.paired import Arm, Epoch, States
+from bnjax.training import Batch, TrainState
+from experiments.lab.scratch import train, with_rates
+
+ACTIVATION_NAMES = {"relu": "ReLU", "sigmoid": "sigmoid", "tanh": "tanh"}
+UNIT_NORMAL = initializers.normal(1.0)
+SGD = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)
+
+
+class GridPoint(NamedTuple):
+    """One setting of a grid.
+
+    Attributes:
+        learning_rate: of plain SGD.
+        std: `(fan_in, fan_out) -> ` standard deviation of a kernel's normal initial values.
+    """
+
+    learning_rate: float
+    std: Callable[[int, int], float]
+
+
+def he_std(fan_in: int, fan_out: int) -> float:
+    """Of `bnjax.initializers.he_normal`, for a `GridPoint`."""
+    return math.sqrt(2 / fan_in)
+
+
+def train_grid(
+    points: Sequence[GridPoint],
+    keys: Array,
+    examples: Batch,
+    test: Batch,
+    *,
+    epochs: int,
+    batch_size: int,
+    at_start: Callable[[States], None] = lambda states: None,
+    **fields: Any,
+) -> Iterator[Epoch]:
+    """An MLP with batch normalization and its twin without, trained by SGD at every point.
+
+    All points share the keys: they differ in their numbers alone. Initial biases are 0.
+
+    Args:
+        points: C settings.
+        keys: `[R]`.
+        examples, test, epochs, batch_size: as in `train`.
+        at_start: sees the initial states, which the first epoch is given for its own.
+        fields: of the `MLP`.
+
+    Yields:
+        Epochs whose leading axis, of length C R, `by_point` unfolds.
+    """
+    twins = networks(kernel_init=UNIT_NORMAL, **fields)
+    arms = [Arm(name, module, SGD) for name, module in twins.items()]
+
+    def change(states: States) -> States:
+        changed = {name: _scale(state, points, len(keys)) for name, state in states.items()}
+        at_start(changed)
+        return changed
+
+    tiled = jnp.tile(keys, len(points))
+    return train(arms, tiled, examples, test, epochs=epochs, batch_size=batch_size, change=change)
+
+
+def _scale(state: TrainState, points: Sequence[GridPoint], replicates: int) -> TrainState:
+    def scale(path: tuple[jax.tree_util.DictKey, ...], value: Array) -> Array:
+        layer, kind = (part.key for part in path[-2:])
+        if kind == "kernel":
+            stds = np.repeat([point.std(*value.shape[1:]) for point in points], replicates)
+            return value * stds.astype(value.dtype)[:, None, None]
+        return jnp.zeros_like(value) if layer.startswith("Dense") else value
+
+    params = jax.tree_util.tree_map_with_path(scale, state.params)
+    rates = np.repeat(np.array([point.learning_rate for point in points], np.float32), replicates)
+    return with_rates(state.replace(params=params), rates)
+
+
+def by_point(values: np.ndarray, points: Sequence[GridPoint]) -> np.ndarray:
+    """`[C R, ...]` as `[C, R, ...]`."""
+    return values.reshape(len(points), -1, *values.shape[1:])
+
+
+def accuracy(epoch: Epoch) -> dict[str, np.ndarray]:
+    """Test accuracy of each arm after an epoch, `[R]`, in percent."""
+    return {
+        arm: 100 * np.asarray(test.correct, np.float64) / np.asarray(test.examples)
+        for arm, test in epoch.test.items()
+    }
+
+
+def networks(**fields: Any) -> dict[str, models.MLP]:
+    """An MLP with batch normalization and its twin without."""
+    norms = {"bn": "batch", "no_bn": None}
+    return {arm: models.MLP(norm=norm, **fields) for arm, norm in norms.items()}
+
+
+def epochs_of(steps: int, batch_size: int, examples: Batch) -> int:
+    """Epochs that come nearest to so many steps, at least one."""
+    return max(1, round(steps * batch_size / len(examples.labels)))
