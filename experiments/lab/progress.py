@@ -1,7 +1,7 @@
 """What a run shows while it trains: a line per epoch, and a progress bar on a terminal."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from types import TracebackType
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,8 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments.lab import metrics
-from experiments.lab.console import SHOWN, format_number, print_plain
+from experiments.lab.console import SHOWN, format_summary, print_plain
 from experiments.lab.presets import Experiment
+
+ACCURACY = "test_accuracy"
 
 
 class EpochLines:
@@ -30,10 +32,10 @@ class EpochLines:
         bar: bool,
         examples: int,
     ) -> None:
-        self._console = console
-        self._arms, few = list(titles), len(titles) < 3
-        self._heads = list(titles.values()) if few else self._arms
-        self._shown = SHOWN if few else {"test_accuracy": SHOWN["test_accuracy"]}
+        few = len(titles) < 3
+        self._print = partial(print_plain, console)
+        self._heads = {arm: title if few else arm for arm, title in titles.items()}
+        self._shown = SHOWN if few else {ACCURACY: SHOWN[ACCURACY]}
         self._width = 32 if few else max(12, min(15, 100 // len(titles)))
         self._images = examples * experiment.replicates * len(titles)
         self._experiment = experiment
@@ -50,21 +52,18 @@ class EpochLines:
         self._task = self._progress.add_task("", total=experiment.epochs, completed=done)
 
     def __enter__(self) -> "EpochLines":
-        replicates = self._experiment.replicates
+        replicates, most = self._experiment.replicates, self._width - 1
         over = f" (means of {replicates} replicates)" if replicates > 1 else ""
-        heads = self._line(_cut(head, self._width - 1) for head in self._heads)
-        self._print(f"{'':8}{heads.rstrip()}{over}")
+        heads = [
+            head if len(head) <= most else f"{head[: most - 1]}…" for head in self._heads.values()
+        ]
+        self._print(f"{'':8}{self._line(heads).rstrip()}{over}")
         columns = "".join(f"{title:>10}" for title in self._shown.values())
-        self._print(f"{'epoch':<8}{self._line(columns for _ in self._arms)} seconds")
+        self._print(f"{'epoch':<8}{self._line([columns] * len(heads))} seconds")
         self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
     def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -72,25 +71,22 @@ class EpochLines:
         epoch, seconds = lines[0]["epoch"], lines[0]["seconds"]
         means = {
             arm: {metric: _mean(of_arm[metric][-1]) for metric in self._shown}
-            for arm, of_arm in metrics.curves(lines, self._arms).items()
+            for arm, of_arm in metrics.curves(lines, list(self._heads)).items()
         }
         told = self._line(
-            "".join(_ten_wide(*one) for one in of_arm.items()) for of_arm in means.values()
+            "".join(f"{_tell(metric, mean):>10}" for metric, mean in of_arm.items())
+            for of_arm in means.values()
         )
         self._print(f"{f'{epoch}/{self._experiment.epochs}':<8}{told}{seconds:8.2f}")
-        accuracies = {arm: 100 * of_arm["test_accuracy"] for arm, of_arm in means.items()}
-        latest = ", ".join(f"{arm} {value:.2f} %" for arm, value in accuracies.items())
-        if len(accuracies) > 2:
-            best = max(accuracies, key=lambda arm: np.nan_to_num(accuracies[arm], nan=-1))
-            latest = f"best {best} {accuracies[best]:.2f} %"
-        told = f"{latest}, {self._images / seconds:,.0f} images/s"
+        latest = [f"{arm} {_tell(ACCURACY, of_arm[ACCURACY])}" for arm, of_arm in means.items()]
+        if len(means) > 2:
+            best = np.argmax([np.nan_to_num(of_arm[ACCURACY], nan=-1) for of_arm in means.values()])
+            latest = [f"best {latest[best]}"]
+        told = f"{', '.join(latest)}, {self._images / seconds:,.0f} images/s"
         self._progress.update(self._task, completed=epoch, description=told)
 
     def _line(self, parts: Iterable[str]) -> str:
         return "".join(f"{part:<{self._width}}" for part in parts)
-
-    def _print(self, line: str) -> None:
-        print_plain(self._console, line)
 
 
 def _mean(values: np.ndarray) -> float:
@@ -98,11 +94,5 @@ def _mean(values: np.ndarray) -> float:
     return float(finite.mean()) if len(finite) else float("nan")
 
 
-def _ten_wide(metric: str, value: float) -> str:
-    return (
-        f"{100 * value:8.2f} %" if metric.endswith("accuracy") else f"{format_number(value, 4):>10}"
-    )
-
-
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+def _tell(metric: str, value: float) -> str:
+    return format_summary(metric, {"mean": value, "sd": None})

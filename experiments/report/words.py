@@ -149,21 +149,28 @@ def losses(summary: Mapping[str, Any], names: Mapping[str, str]) -> str:
 
 
 def features(last: Probes, names: Mapping[str, str], replicate: int) -> str:
-    """How much of what leaves each layer for one test example is zero."""
+    """How much of what leaves each layer for one test example is zero, layer by layer."""
     told = []
     for arm, name in names.items():
         zeros = [f"{np.mean(one == 0):.0%}" for one in features_of(last, arm, replicate)]
         told.append(f"{name} {', '.join(zeros)}")
-    return f"Shares of values that are zero, layer by layer: {'; '.join(told)}."
+    return "; ".join(told)
 
 
 def activations(last: Probes, names: Mapping[str, str], replicate: int) -> str:
-    """How wide the values before the activations spread in the last layer."""
+    """Between what values nine tenths of those lie that enter the last activation."""
     told = []
     for arm, name in names.items():
         low, *_, high = last[f"{arm}/percentiles"][replicate, -1]
         told.append(f"{name} from {low:.3g} to {high:.3g}")
-    return f"After the last epoch nine tenths of them lie, in the last layer, {', '.join(told)}."
+    return ", ".join(told)
+
+
+def choice(last: Probes, names: Mapping[str, str]) -> str:
+    """Which layers of deep networks are drawn; empty where all are."""
+    depth = max(last[f"{arm}/percentiles"].shape[1] for arm in names)
+    shown = [str(layer + 1) for layer in layers.choose_layers(depth)]
+    return f" Of {depth} layers {', '.join(shown)} are drawn." * (len(shown) < depth)
 
 
 def gradients(last: Probes, names: Mapping[str, str]) -> str:
@@ -174,36 +181,31 @@ def gradients(last: Probes, names: Mapping[str, str]) -> str:
         ends = [summarize(norms[:, layer]).mean for layer in (0, -1)]
         first, final = ("not finite" if mean is None else f"{mean:.2g}" for mean in ends)
         told.append(f"{name} {first} in the first layer, {final} in the last")
-    return f"After the last epoch: {'; '.join(told)}."
+    return "; ".join(told)
 
 
 def statistics(end: Probes, names: Mapping[str, str]) -> str:
-    """How far running statistics are from those of the training set."""
+    """The median ratio of running variance to that of the training set, layer by layer."""
     told = {}
-    for arm in names:
+    for arm, name in names.items():
         ratios = []
         for layer in layers.running_layers(end, arm):
-            running, whole = (
-                end[f"{arm}/{kind}/{layer}/var"] for kind in ("running", "population")
-            )
+            running, whole = (end[f"{arm}/{of}/{layer}/var"] for of in ("running", "population"))
             varied = whole > 0  # a unit that is dead has no ratio
-            ratios.append(
-                f"{np.median(running[varied] / whole[varied]):.3f}" if any(varied) else "-"
-            )
+            ratio = np.median(running[varied] / whole[varied]) if any(varied) else None
+            ratios.append("-" if ratio is None else f"{ratio:.3f}")
         if ratios:
-            told[arm] = ", ".join(ratios)
-    several = "; ".join(f"{names[arm]} {ratios}" for arm, ratios in told.items())
-    return (
-        "The median ratio of running variance to that of the training set is, layer by layer, "
-        f"{several if len(told) > 1 else ''.join(told.values())}."
-    )
+            told[name] = ", ".join(ratios)
+    if len(told) == 1:
+        return "".join(told.values())
+    return "; ".join(f"{name} {ratios}" for name, ratios in told.items())
 
 
 def mistakes(confusions: Mapping[str, np.ndarray], names: Mapping[str, str]) -> str:
     """How many mistakes each network makes, and which one most often."""
     told = []
     for arm, counts in confusions.items():
-        wrong = predictions.off_diagonal(counts)
+        wrong = predictions.mistakes(counts)
         label, taken = np.unravel_index(wrong.argmax(), wrong.shape)
         other = "something else" if taken == predictions.CLASSES else taken
         most = f", most often {label} taken for {other} ({wrong.max()} times)" * bool(wrong.any())
