@@ -1,7 +1,7 @@
 """What a run shows while it trains: a line per epoch, and a progress bar on a terminal."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,78 +15,64 @@ from experiments.lab.presets import Experiment
 ACCURACY = "test_accuracy"
 
 
-class EpochLines:
-    """Prints the epochs of a run as they come; a context manager around training.
+@contextmanager
+def epoch_lines(
+    console: Console,
+    titles: Mapping[str, str],
+    experiment: Experiment,
+    done: int,
+    bar: bool,
+    examples: int,
+) -> Iterator[Callable[[Sequence[Mapping[str, Any]]], None]]:
+    """Gives what prints an epoch, called with its lines of `metrics.jsonl`.
 
     Of more than two arms only the test accuracy, so that eight of them fit into 120 columns. On a
     terminal a bar below the lines shows the latest test accuracy, of both arms or of the best, how
     many images are trained on in a second, and the time left.
     """
+    replicates, few = experiment.replicates, len(titles) < 3
+    shown = SHOWN if few else {ACCURACY: SHOWN[ACCURACY]}
+    width = 32 if few else max(12, min(15, 100 // len(titles)))
 
-    def __init__(
-        self,
-        console: Console,
-        titles: Mapping[str, str],
-        experiment: Experiment,
-        done: int,
-        bar: bool,
-        examples: int,
-    ) -> None:
-        few = len(titles) < 3
-        self._print = partial(print_plain, console)
-        self._heads = {arm: title if few else arm for arm, title in titles.items()}
-        self._shown = SHOWN if few else {ACCURACY: SHOWN[ACCURACY]}
-        self._width = 32 if few else max(12, min(15, 100 // len(titles)))
-        self._images = examples * experiment.replicates * len(titles)
-        self._experiment = experiment
-        self._progress = Progress(
-            TextColumn("epoch {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(),
-            TextColumn("{task.description}"),
-            TextColumn("time left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not (bar and console.is_terminal),
-            transient=True,
-        )
-        self._task = self._progress.add_task("", total=experiment.epochs, completed=done)
+    def line(parts: Iterable[str]) -> str:
+        return "".join(f"{part:<{width}}" for part in parts)
 
-    def __enter__(self) -> "EpochLines":
-        replicates, most = self._experiment.replicates, self._width - 1
-        over = f" (means of {replicates} replicates)" if replicates > 1 else ""
-        heads = [
-            head if len(head) <= most else f"{head[: most - 1]}…" for head in self._heads.values()
-        ]
-        self._print(f"{'':8}{self._line(heads).rstrip()}{over}")
-        columns = "".join(f"{title:>10}" for title in self._shown.values())
-        self._print(f"{'epoch':<8}{self._line([columns] * len(heads))} seconds")
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Shows one epoch, given its lines of `metrics.jsonl`."""
+    def show(lines: Sequence[Mapping[str, Any]]) -> None:
         epoch, seconds = lines[0]["epoch"], lines[0]["seconds"]
         means = {
-            arm: {metric: _mean(of_arm[metric][-1]) for metric in self._shown}
-            for arm, of_arm in metrics.curves(lines, list(self._heads)).items()
+            arm: {metric: _mean(of_arm[metric][-1]) for metric in shown}
+            for arm, of_arm in metrics.curves(lines, list(titles)).items()
         }
-        told = self._line(
+        told = line(
             "".join(f"{_tell(metric, mean):>10}" for metric, mean in of_arm.items())
             for of_arm in means.values()
         )
-        self._print(f"{f'{epoch}/{self._experiment.epochs}':<8}{told}{seconds:8.2f}")
+        print_plain(console, f"{f'{epoch}/{experiment.epochs}':<8}{told}{seconds:8.2f}")
         latest = [f"{arm} {_tell(ACCURACY, of_arm[ACCURACY])}" for arm, of_arm in means.items()]
-        if len(means) > 2:
+        if not few:
             best = np.argmax([np.nan_to_num(of_arm[ACCURACY], nan=-1) for of_arm in means.values()])
             latest = [f"best {latest[best]}"]
-        told = f"{', '.join(latest)}, {self._images / seconds:,.0f} images/s"
-        self._progress.update(self._task, completed=epoch, description=told)
+        images = examples * replicates * len(titles) / seconds
+        told = f"{', '.join(latest)}, {images:,.0f} images/s"
+        progress.update(task, completed=epoch, description=told)
 
-    def _line(self, parts: Iterable[str]) -> str:
-        return "".join(f"{part:<{self._width}}" for part in parts)
+    heads = line(_cut(title if few else arm, width - 1) for arm, title in titles.items()).rstrip()
+    over = f" (means of {replicates} replicates)" if replicates > 1 else ""
+    print_plain(console, f"{'':8}{heads}{over}")
+    columns = line(["".join(f"{title:>10}" for title in shown.values())] * len(titles))
+    print_plain(console, f"{'epoch':<8}{columns} seconds")
+    with Progress(
+        TextColumn("epoch {task.completed:.0f}/{task.total:.0f}"),
+        BarColumn(),
+        TextColumn("{task.description}"),
+        TextColumn("time left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not (bar and console.is_terminal),
+        transient=True,
+    ) as progress:
+        task = progress.add_task("", total=experiment.epochs, completed=done)
+        yield show
 
 
 def _mean(values: np.ndarray) -> float:
@@ -96,3 +82,7 @@ def _mean(values: np.ndarray) -> float:
 
 def _tell(metric: str, value: float) -> str:
     return format_summary(metric, {"mean": value, "sd": None})
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"

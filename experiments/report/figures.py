@@ -256,7 +256,9 @@ def train_eval_mode(numbers: Mapping[str, Any]) -> Figure:
     shown = np.full(len(labels), 100 * groups["evaluation"]["accuracy"])
     company.plot(labels, shown, "o-", color=evaluating, label="evaluation mode")
     company.set(ylim=(0, 105), xlabel="test images in a batch", ylabel="test accuracy in percent")
-    figure.legend(*calls.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=True)
+    figure.legend(
+        *calls.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=True
+    )
     return figure
 
 
