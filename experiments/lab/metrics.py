@@ -68,17 +68,13 @@ def read(path: Path, arms: Sequence[str], replicates: int) -> list[dict[str, Any
     file = path / "metrics.jsonl"
     content = file.read_bytes() if file.exists() else b""
     lines = [rundir.parse(file, line) for line in content.split(b"\n")[:-1]]
-    places = (
-        {"epoch": epoch, "replicate": replicate, "arm": arm}
-        for epoch in itertools.count(1)
-        for replicate in range(replicates)
-        for arm in arms
-    )
-    for number, (line, place) in enumerate(zip(lines, places, strict=False), 1):
+    places = itertools.product(range(1, len(lines) + 1), range(replicates), arms)
+    for number, (line, (epoch, replicate, arm)) in enumerate(zip(lines, places, strict=False), 1):
+        place = {"epoch": epoch, "replicate": replicate, "arm": arm}
         if not (isinstance(line, dict) and line.items() >= place.items() and _has_numbers(line)):
-            told = ", ".join(f"{what} {value}" for what, value in place.items())
             raise CheckpointError(
-                f"{file} is damaged: line {number} does not hold the metrics of {told}"
+                f"{file} is damaged: line {number} does not hold the metrics of epoch {epoch}, "
+                f"replicate {replicate}, arm {arm}"
             )
     return lines
 
@@ -119,10 +115,7 @@ def curves(lines: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> Curves:
 
 
 def finite_to_the_end(by_arm: Curves) -> int | None:
-    """The first replicate that diverged in the fewest networks; None if all diverged in all.
-
-    It is the one to be looked into.
-    """
+    """The replicate to look into, the first that most networks survived; None if none did any."""
     finite = np.array([np.isfinite(of_arm["train_cost"][-1]) for of_arm in by_arm.values()])
     return int(finite.sum(axis=0).argmax()) if finite.any() else None
 
@@ -130,10 +123,7 @@ def finite_to_the_end(by_arm: Curves) -> int | None:
 def summarize(by_arm: Curves, reference: str) -> dict[str, Any]:
     """The content of `summary.json`: final metrics of each arm, and arm minus reference."""
     epochs, replicates = by_arm[reference]["train_cost"].shape
-    final = {
-        arm: {metric: values[-1] for metric, values in of_arm.items()}
-        for arm, of_arm in by_arm.items()
-    }
+    final = {arm: {m: values[-1] for m, values in of.items()} for arm, of in by_arm.items()}
     return {
         "epochs": epochs,
         "replicates": replicates,

@@ -64,14 +64,7 @@ def count_by_ones(axis: Axis) -> None:
 
 
 def arm_styles(labels: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """How each arm is drawn, by its place: told apart without colour, and by the colour-blind.
-
-    Args:
-        labels: `{arm: label}`.
-
-    Returns:
-        `{arm: style}` with `color`, `linestyle`, `marker` and `label`.
-    """
+    """`{arm: style}` of `{arm: label}`: told apart without colour, and by the colour-blind."""
     return {
         arm: {
             "color": COLORS[place % len(COLORS)],
@@ -155,14 +148,13 @@ def draw_band(axes: Axes, style: Style, x: ArrayLike, values: ArrayLike, **chang
 
     Args:
         axes: where to draw.
-        style: of `arm_styles`.
+        style: of `arm_styles`; `changes` are what differs from it.
         x: `[N]`.
         values: `[R, N]`.
-        changes: what differs from the style.
     """
     columns = np.asarray(values, np.float64).T
     summaries = [summarize(column) for column in columns]
-    means = [np.nan if summary.mean is None else summary.mean for summary in summaries]
+    means = np.array([summary.mean for summary in summaries], np.float64)
     shown = {"markersize": 4, "linewidth": 1.6, **style, **changes}
     axes.plot(x, means, **shown)
     if columns.shape[1] > 1:
@@ -219,12 +211,11 @@ def features_of(probes: Probes, arm: str, replicate: int) -> list[np.ndarray]:
 
 def _as_square(values: np.ndarray) -> np.ndarray:
     """Channels, or units of one pixel each, beside and below each other."""
-    height, width, channels = values.shape if values.ndim == 3 else (1, 1, len(values))
-    side = math.isqrt(channels - 1) + 1
-    padded = np.full((side * side, height, width), np.nan)
-    padded[:channels] = values.reshape(height, width, channels).transpose(2, 0, 1)
-    tiles = padded.reshape(side, side, height, width).transpose(0, 2, 1, 3)
-    return tiles.reshape(side * height, side * width)
+    tiles = np.moveaxis(values, -1, 0) if values.ndim == 3 else values[:, None, None]
+    side = math.isqrt(len(tiles) - 1) + 1
+    missing = side * side - len(tiles)
+    tiles = np.pad(tiles, ((0, missing), (0, 0), (0, 0)), constant_values=np.nan)
+    return np.block([list(tiles[k * side :][:side]) for k in range(side)])
 
 
 @our_style
@@ -235,30 +226,29 @@ def train_eval_mode(numbers: Mapping[str, Any]) -> Figure:
         numbers: as its `lesson` returns them.
     """
     dropout, alone, groups = numbers["dropout"], numbers["alone"], numbers["groups"]
-    training, evaluating = "#7b3f98", "#1b7f5c"
     torn = f"Dropout: one {dropout['torn_label']} in many calls"
     titles = [torn, "Each test image fed twice", "Judged by their company"]
     figure, (calls, twice, company) = panels(titles, width=4, height=4)
+    training: Style = {"color": "#7b3f98", "label": "training mode"}
+    evaluation: Style = {"color": "#1b7f5c", "label": "evaluation mode"}
     settled = np.eye(10)[dropout["torn_evaluation"]] * sum(dropout["torn_votes"])
-    hollow: dict[str, Any] = {"width": 0.9, "fill": False, "edgecolor": evaluating}
-    for axes, counts, evaluation in (
+    for axes, counts, evaluated in (
         (calls, dropout["torn_votes"], settled),
         (twice, alone["twice"], alone["evaluation"]),
     ):
-        axes.bar(range(10), counts, width=0.5, color=training, label="training mode")
-        axes.bar(range(10), evaluation, label="evaluation mode", **hollow)
+        axes.bar(range(10), counts, width=0.5, **training)
+        axes.bar(
+            range(10), evaluated, width=0.9, fill=False, edgecolor=evaluation["color"], **evaluation
+        )
         axes.set(xticks=range(10), xlabel="predicted class", ylabel="predictions")
         count_by_ones(axes.yaxis)
-    sizes = [str(size) for size in groups["training"]]
-    accuracies = [100 * group["accuracy"] for group in groups["training"].values()]
-    labels, values = ["1, twice", *sizes], [100 * alone["accuracy"], *accuracies]
-    company.plot(labels, values, "s--", color=training, label="training mode")
-    shown = np.full(len(labels), 100 * groups["evaluation"]["accuracy"])
-    company.plot(labels, shown, "o-", color=evaluating, label="evaluation mode")
+    sizes = ["1, twice", *map(str, groups["training"])]
+    accuracies = [alone["accuracy"], *(one["accuracy"] for one in groups["training"].values())]
+    company.plot(sizes, np.multiply(100, accuracies), "s--", **training)
+    company.plot(sizes, [100 * groups["evaluation"]["accuracy"]] * len(sizes), "o-", **evaluation)
     company.set(ylim=(0, 105), xlabel="test images in a batch", ylabel="test accuracy in percent")
-    figure.legend(
-        *calls.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=True
-    )
+    below = calls.get_legend_handles_labels()
+    figure.legend(*below, loc="outside lower center", ncols=2, frameon=True)
     return figure
 
 

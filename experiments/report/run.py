@@ -4,7 +4,7 @@ import shlex
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -16,18 +16,18 @@ from experiments.report import figures, layers, predictions, words
 from experiments.report.figures import Probes, Styles
 from experiments.report.page import png_uri, render, svg_uri
 
-T = TypeVar("T")
-
 
 class Parts:
     """The parts of a report, each of which may be missing without costing the others.
 
     Attributes:
-        missing: which, why, and what to do.
+        drawn: what is there, by what it is.
+        missing: what is not, why, and what to do.
     """
 
     def __init__(self, run: Run) -> None:
         self._run, self._path = run, shlex.quote(str(run.path))
+        self.drawn: dict[str, Any] = {}
         self.missing: list[str] = []
 
     def read(self, name: str) -> Probes:
@@ -39,16 +39,15 @@ class Parts:
             self.missing.append(what + again * (name == "end"))
         return found
 
-    def make(self, what: str, draw: Callable[[], T]) -> T | None:
-        """What `draw` returns, or None where it fails; damaged files are an error."""
+    def draw(self, what: str, make: Callable[[], Any]) -> None:
+        """Adds what `make` returns, unless it fails; damaged files are an error."""
         try:
-            return draw()
+            self.drawn[what] = make()
         except (CheckpointError, rundir.WriteError):
             raise
         except Exception as error:
             again = f"python -m experiments.report {self._path} tries again"
             self.missing.append(f"{what} ({shorten(error)}): {again}")
-            return None
 
 
 def redraw(path: Path, *, ended: bool = False) -> dict[str, Any]:
@@ -83,19 +82,20 @@ def redraw(path: Path, *, ended: bool = False) -> dict[str, Any]:
     inside = look_inside(run, parts, styles, names)
 
     def draw_curves() -> str:
-        drawn = figures.curves(run.metrics, styles)
-        png, svg = figures.to_png(drawn), figures.to_svg(drawn)
+        figure = figures.curves(run.metrics, styles)
+        png, svg = figures.to_png(figure), figures.to_svg(figure)
         rundir.write_bytes(path / "curves.png", png)
         rundir.write_bytes(path / "curves.svg", svg)
         return svg_uri(svg)
 
+    parts.draw("the curves", draw_curves)
     html = render(
         "page.html.j2",
         certainty=console.format_certainty,
         command=options.repeat(run.config),
         config=run.config,
-        curves=parts.make("the curves", draw_curves),
         divergences=[divergences.describe(mark, run.labels) for mark in marks],
+        drawn=parts.drawn,
         final=console.format_final,
         format=console.format_summary,
         headline=words.headline(summary, run.labels, run.titles),
@@ -132,19 +132,18 @@ def look_inside(run: Run, parts: Parts, styles: Styles, names: Mapping[str, str]
     example, end = parts.read("example"), parts.read("end")
     epochs = [parts.read(f"epoch-{k:03}") for k in range(1, run.epochs + 1)]
     first, last = epochs[0], epochs[-1]
-    normalized = [names[arm] for arm in lasting if end and layers.running_layers(end, arm)]
-    drawn: dict[str, Any] = {}
+    label = int(example["label"]) if example else 0
 
     def draw_features() -> dict[str, str]:
-        image, label = example["image"], int(example["label"])
-        png = figures.to_png(figures.features(image, label, last, styles, replicate))
+        figure = figures.features(example["image"], label, last, styles, replicate)
+        png = figures.to_png(figure)
         rundir.write_bytes(run.path / "features.png", png)
         return {"uri": png_uri(png), "told": words.features(last, names, replicate)}
 
     if example and last:
-        drawn["features"] = parts.make("the digit through the layers", draw_features)
+        parts.draw("the digit through the layers", draw_features)
     if all(epochs):
-        drawn["percentiles"] = parts.make(
+        parts.draw(
             "the activations over the epochs",
             lambda: _picture(
                 layers.percentiles(epochs, styles, replicate),
@@ -152,27 +151,27 @@ def look_inside(run: Run, parts: Parts, styles: Styles, names: Mapping[str, str]
             ),
         )
     if first and last:
-        drawn["histograms"] = parts.make(
+        parts.draw(
             "the histograms of the activations",
             lambda: _picture(layers.histograms(first, last, styles, replicate)),
         )
-        drawn["gradients"] = parts.make(
+        parts.draw(
             "the gradients",
             lambda: _picture(
                 layers.gradient_norms(first, last, styles), words.gradients(last, names)
             ),
         )
+    normalized = [names[arm] for arm in lasting if layers.running_layers(end, arm)]
     if normalized:
-        drawn["statistics"] = parts.make(
+        parts.draw(
             "the running statistics",
             lambda: _picture(layers.statistics(end, styles), words.statistics(end, names)),
         )
     if end:
-        drawn["predictions"] = parts.make("the predictions", lambda: tabulate(end, run, names))
+        parts.draw("the predictions", lambda: tabulate(end, run, names))
     return {
         "choice": words.choice(last, names) if last else "",
-        "drawn": {name: part for name, part in drawn.items() if part},
-        "label": int(example["label"]) if example else None,
+        "label": label,
         "names": names,
         "normalized": normalized,
         "replicate": replicate,
