@@ -2,12 +2,13 @@
 
 `model` is any module called as `model.apply(variables, images, train=...)`. Its layers are the
 calls of `nn.Dense`, `nn.Conv` and what derives from them (`bnjax.layer_taps`), from the input on;
-the last gives the logits, the others are hidden. The units of features `[N, H]` are columns, those
-of `[N, H, W, C]` channels.
-A `batch` has `[N, ...]` images; only the probes of gradients read its labels.
-`train=True` normalizes with the statistics of the batch, as a network at initialization must;
-by default the running ones are used. Nothing draws random numbers: dropout must be off in training.
-What a module calls inside `nn.scan`, `nn.remat` and the like cannot be looked at: a ValueError.
+the last gives the logits, the others are hidden, D of them. The units of features `[N, H]` are
+columns, those of `[N, H, W, C]` channels, and positions count as examples.
+A `batch` has `[N, ...]` images; only the probes of gradients, which work in training mode, read its
+labels. `train=True` normalizes with the statistics of the batch, as a network at initialization
+must; by default the running ones are used. Nothing draws random numbers: dropout must be off in
+training. What a module calls inside `nn.scan`, `nn.remat` and the like cannot be looked at: a
+ValueError.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,9 +20,10 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax import Array
 
-from bnjax import layer_taps, population
+from bnjax import layer_taps
 from bnjax.layer_taps import LAYERS, Variables
-from bnjax.training import Batch, cross_entropy, to_float, vary_with
+from bnjax.losses import cross_entropy
+from bnjax.training import Batch, to_float, vary_with
 
 
 def features(
@@ -36,7 +38,7 @@ def features(
     leaves the layer is what the next one is given: pooled and flattened if the module does that.
 
     Returns:
-        `{"features_1": [N, H] or [N, H, W, C], ...}`, one entry per hidden layer.
+        `{"features_1": [N, H] or [N, H, W, C], ...}`.
     """
     layers = layer_taps.hidden(model, variables, batch.images, train)
     return _numbered("features", (layer.leaving for layer in layers))
@@ -48,14 +50,14 @@ def preactivations(
     """What enters each hidden layer's activation, seen as `features` tells.
 
     Returns:
-        `{"preactivations_1": [N, H] or [N, H, W, C], ...}`, one entry per hidden layer.
+        `{"preactivations_1": [N, H] or [N, H, W, C], ...}`.
     """
     layers = layer_taps.hidden(model, variables, batch.images, train)
     return _numbered("preactivations", (layer.entering for layer in layers))
 
 
 def gradient_norms(model: nn.Module, variables: Variables, batch: Batch) -> dict[str, Array]:
-    """Frobenius norm of the gradient of the mean cross entropy in each kernel, in training mode.
+    """Frobenius norm of the gradient of the mean cross entropy in each kernel.
 
     Returns:
         `{"Dense_0": [], ...}`, a scalar for each layer, by its path, from the input on.
@@ -71,12 +73,11 @@ def gradient_norms(model: nn.Module, variables: Variables, batch: Batch) -> dict
 def backpropagated_norms(model: nn.Module, variables: Variables, batch: Batch) -> dict[str, Array]:
     """Frobenius norm of the gradient of the mean cross entropy in what leaves each layer.
 
-    Unlike the gradient in a kernel it is not summed over examples, which may cancel or add up. In
-    training mode, before normalization and activation.
+    Unlike the gradient in a kernel it is not summed over examples, which may cancel or add up. What
+    leaves a layer is not yet normalized; all calls of a layer count together.
 
     Returns:
-        `{"Dense_0": [], ...}`, a scalar for each layer, by its path, from the input on: the norm of
-        `[N, ...]`, of all calls together where a layer is called more than once.
+        As `gradient_norms`.
     """
     calls = layer_taps.outputs(model, variables, batch.images, LAYERS, train=True)
 
@@ -101,7 +102,7 @@ def backpropagated_norms(model: nn.Module, variables: Variables, batch: Batch) -
 def landscape(
     model: nn.Module, variables: Variables, batch: Batch, *, step_sizes: Sequence[float]
 ) -> dict[str, Array]:
-    """Loss and gradient of a batch along its own gradient direction, in training mode.
+    """Loss and gradient of a batch along its own gradient direction.
 
         loss(w - s g)   and   |grad loss(w - s g) - g|,   g = grad loss(w),   for each step size s
 
@@ -132,10 +133,10 @@ def activation_percentiles(
     percentiles: Sequence[float] = (15, 50, 85),
     train: bool = False,
 ) -> dict[str, Array]:
-    """Percentiles of what enters each unit's activation, over examples (and positions).
+    """Percentiles of what enters each unit's activation, over examples.
 
     Returns:
-        `{"percentiles_1": [P, H] or [P, C], ...}`, one entry per hidden layer.
+        `{"percentiles_1": [P, H] or [P, C], ...}`.
 
     Source: Ioffe & Szegedy (2015), figure 1 (b, c), draw them for one unit.
     """
@@ -158,7 +159,7 @@ def saturation(
     beyond 4.58, tanh beyond 2.99, ReLU below 0.
 
     Returns:
-        `{"saturation": [D]}`, from 0 to 1, over examples, units and positions.
+        `{"saturation": [D]}`, from 0 to 1, over examples and units.
 
     Raises:
         ValueError: if a hidden layer does not call its activation as `bnjax.models.Activation`.
@@ -180,7 +181,7 @@ def saturation(
 def dead_units(
     model: nn.Module, variables: Variables, batch: Batch, *, train: bool = False
 ) -> dict[str, Array]:
-    """Share of each hidden layer's units that say the same of every example (and position).
+    """Share of each hidden layer's units that say the same of every example.
 
     Returns:
         `{"dead_units": [D]}`, from 0 to 1.
@@ -205,9 +206,8 @@ def cosine_similarity(
         layer = layer.reshape(layer.shape[0], -1)
         length = jnp.linalg.norm(layer, axis=1, keepdims=True)
         units = layer / jnp.where(length == 0, 1, length)
-        own = jnp.sum(units**2)
         count = layer.shape[0]
-        return (jnp.sum(units.sum(axis=0) ** 2) - own) / (count * (count - 1))
+        return (jnp.sum(units.sum(axis=0) ** 2) - jnp.sum(units**2)) / (count * (count - 1))
 
     layers = features(model, variables, batch, train=train).values()
     return {"cosine_similarity": jnp.stack([mean_cosine(layer) for layer in layers])}
@@ -240,25 +240,6 @@ def effective_rank(
     return {"effective_rank": jnp.stack([rank(layer) for layer in layers])}
 
 
-def population_gap(
-    model: nn.Module, variables: Variables, batch: Batch, *, epsilon: float = 1e-5
-) -> dict[str, Array]:
-    """How far the running statistics are from those of the batch, taken as the population.
-
-    `epsilon` is that of the layers. Not to be jitted: statistics are merged on the host.
-
-    Returns:
-        `{"BatchNorm_0/mean": [], "BatchNorm_0/std": [], ...}`, of `population.statistics_gap`.
-    """
-    estimated = population.estimate(model, dict(variables), [batch.images])
-    gaps = population.statistics_gap(dict(variables), estimated, epsilon=epsilon)
-    return {
-        f"{layer}/{name}": value
-        for layer, gap in gaps.items()
-        for name, value in gap._asdict().items()
-    }
-
-
 def train_eval_discrepancy(
     model: nn.Module, variables: Variables, batch: Batch
 ) -> dict[str, Array]:
@@ -283,9 +264,8 @@ def _loss(model: nn.Module, variables: Variables, batch: Batch) -> Callable[[Any
     """The mean cross entropy of the batch in training mode, as a function of the parameters."""
 
     def loss(params: Any) -> Array:
-        variables_there = {**variables, "params": params}
-        images = to_float(batch.images)
-        logits, _ = model.apply(variables_there, images, train=True, mutable=["batch_stats"])
+        there, images = {**variables, "params": params}, to_float(batch.images)
+        logits, _ = model.apply(there, images, train=True, mutable=["batch_stats"])
         return cross_entropy(logits, batch.labels).mean()
 
     return loss

@@ -36,17 +36,11 @@ NORMS = (
 
 
 class Hidden(NamedTuple):
-    """A hidden layer.
-
-    Attributes:
-        entering: what enters its activation, `[N, ...]`.
-        leaving: what leaves the layer, `[N, ...]`.
-        activation: that of the network, where it is one that can be seen.
-    """
+    """A hidden layer: what enters its activation and what leaves it, `[N, ...]`."""
 
     entering: Array
     leaving: Array
-    activation: Activation | None
+    activation: Activation | None  # where it is one that can be seen
 
 
 @contextmanager
@@ -72,10 +66,8 @@ def watch(see: Callable[[nn.Module, Any, Any], Any], *, lifted: bool = False) ->
                 "transformation, where it cannot be looked at: take the module without it"
             )
         calls.append(module)
-        try:
-            y = next_fun(*args, **kwargs)
-        finally:
-            calls.pop()
+        y = next_fun(*args, **kwargs)
+        calls.pop()
         return see(module, args[0] if args else kwargs.get("inputs", kwargs.get("x")), y)
 
     with nn.intercept_methods(intercept):
