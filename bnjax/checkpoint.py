@@ -23,6 +23,7 @@ import safetensors.numpy
 from bnjax.errors import CheckpointError, CheckpointWarning, DamagedCheckpointError, shorten
 from bnjax.parallel import processes
 from bnjax.parallel.mesh import place
+from bnjax.training import by_path
 
 KEEP = 2
 KINDS = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint", "C": "complex", "BOOL": "bool"}
@@ -50,25 +51,18 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, settings: str = "") -> None:
-        """Looks into `directory`, which need not exist.
-
-        Args:
-            directory: of the checkpoints; its parent must exist when one is saved.
-            settings: what decides the numbers of the run; states of others are refused.
+        """In `directory`, whose parent must exist when one is saved; `settings` are what decides
+        the numbers of the run, and checkpoints of others are refused.
         """
         self._directory = directory.absolute()
         self._settings = settings
         self._latest: tuple[int, bytes] | None = None
 
     def save(self, epochs: int, states: Any) -> None:
-        """Saves `states`, a pytree of arrays, as they are after `epochs` epochs.
-
-        Raises:
-            OSError: if the file cannot be written.
-        """
+        """Saves `states`, a pytree of arrays, as they are after `epochs` epochs."""
         arrays = {
             name: np.asarray(leaf, order="C")  # the bytes are written as they lie in memory
-            for name, leaf in _by_name(processes.gather(states)).items()
+            for name, leaf in by_path(processes.gather(states)).items()
         }
         metadata = {"epochs": str(epochs), "settings": self._settings}
         metadata["sha256"] = _checksum(arrays, metadata)
@@ -88,8 +82,7 @@ class Checkpoints:
             at_most: checkpoints of more epochs are set aside too.
 
         Raises:
-            CheckpointError: if the checkpoint holds states of another structure or other settings.
-            OSError: if the system does not let it be read.
+            CheckpointError, OSError: as `at`.
         """
         kept = _epochs(self._directory) if self._directory.is_dir() else []
         for epochs in reversed(processes.allgather_object(kept)[0]):
@@ -113,12 +106,8 @@ class Checkpoints:
     def at(self, epochs: int, states: Any) -> Any:
         """The states after `epochs` epochs, of a checkpoint that is still kept.
 
-        Those that were saved or restored last are not read from the disk again.
-
-        Raises:
-            DamagedCheckpointError: if it is not as it was written.
-            CheckpointError: if it holds states of another structure or other settings.
-            OSError: if the system does not let it be read.
+        Those that were saved or restored last are not read from the disk again. Raises as `load`,
+        and a CheckpointError if it holds states of another structure or other settings.
         """
         path = file_of(self._directory, epochs)
         if self._latest is None or self._latest[0] != epochs:
@@ -127,7 +116,7 @@ class Checkpoints:
         if metadata["epochs"] != str(epochs):
             told = f"it holds the state after epoch {metadata['epochs']}"
             raise DamagedCheckpointError(f"{path}: it is damaged ({told})")
-        wanted = _by_name(states)
+        wanted = by_path(states)
         if metadata["settings"] != self._settings or _describe(arrays) != _describe(wanted):
             raise CheckpointError(
                 f"{path}: of other settings or of another version of the networks; go on with "
@@ -135,12 +124,6 @@ class Checkpoints:
             )
         placed = [place(arrays[name], leaf.sharding) for name, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(states), placed)
-
-
-def _by_name(states: Any) -> dict[str, Any]:
-    """The leaves of a pytree, in its order."""
-    leaves, _ = jax.tree.flatten_with_path(states)
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
 
 
 def _describe(arrays: Mapping[str, Any]) -> list[tuple[str, str, tuple[int, ...]]]:

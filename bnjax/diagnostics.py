@@ -17,6 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 from flax.traverse_util import flatten_dict
 from jax import Array
 
@@ -29,16 +30,13 @@ from bnjax.training import Batch, to_float, vary_with
 def features(
     model: nn.Module, variables: Variables, batch: Batch, *, train: bool = False
 ) -> dict[str, Array]:
-    """What leaves each hidden layer.
+    """What leaves each hidden layer: `{"features_1": [N, H] or [N, H, W, C], ...}`.
 
     Where the network calls a `bnjax.models.Activation`, what enters a layer's activation is what
     enters that, and what leaves the layer is what leaves that, or a normalization after it: of an
     `MLP` what `return_features=True` returns. In a module without them what enters the activation
     is what leaves the layer, or the last normalization after it (Flax's or bnjax's), and what
     leaves the layer is what the next one is given: pooled and flattened if the module does that.
-
-    Returns:
-        `{"features_1": [N, H] or [N, H, W, C], ...}`.
     """
     layers = layer_taps.hidden(model, variables, batch.images, train)
     return _numbered("features", (layer.leaving for layer in layers))
@@ -47,11 +45,7 @@ def features(
 def preactivations(
     model: nn.Module, variables: Variables, batch: Batch, *, train: bool = False
 ) -> dict[str, Array]:
-    """What enters each hidden layer's activation, seen as `features` tells.
-
-    Returns:
-        `{"preactivations_1": [N, H] or [N, H, W, C], ...}`.
-    """
+    """What enters each hidden layer's activation, as `features`: `{"preactivations_1": ...}`."""
     layers = layer_taps.hidden(model, variables, batch.images, train)
     return _numbered("preactivations", (layer.entering for layer in layers))
 
@@ -64,10 +58,8 @@ def gradient_norms(model: nn.Module, variables: Variables, batch: Batch) -> dict
     """
     params = vary_with(batch, variables["params"])
     gradients = flatten_dict(jax.grad(_loss(model, variables, batch))(params))
-    return {
-        "/".join(path): jnp.linalg.norm(gradients[*path, "kernel"].ravel())
-        for path, _ in layer_taps.outputs(model, variables, batch.images, LAYERS, train=True)
-    }
+    layers = layer_taps.outputs(model, variables, batch.images, LAYERS, train=True)
+    return {"/".join(path): optax.tree.norm(gradients[*path, "kernel"]) for path in layers}
 
 
 def backpropagated_norms(model: nn.Module, variables: Variables, batch: Batch) -> dict[str, Array]:
@@ -77,26 +69,22 @@ def backpropagated_norms(model: nn.Module, variables: Variables, batch: Batch) -
     leaves a layer is not yet normalized; all calls of a layer count together.
 
     Returns:
-        As `gradient_norms`.
+        `{"Dense_0": [], ...}`, as `gradient_norms`.
     """
     calls = layer_taps.outputs(model, variables, batch.images, LAYERS, train=True)
 
-    def loss(shifts: list[Array]) -> Array:
-        rest = iter(shifts)
+    def loss(shifts: dict[layer_taps.Path, list[Array]]) -> Array:
+        rest = {path: iter(of_calls) for path, of_calls in shifts.items()}
 
         def shift(module: nn.Module, x: Any, y: Any) -> Any:
-            return y + next(rest) if isinstance(module, LAYERS) else y
+            return y + next(rest[module.path]) if isinstance(module, LAYERS) else y
 
         with layer_taps.watch(shift):
             return _loss(model, variables, batch)(variables["params"])
 
-    shifts = [jnp.zeros(y.shape, y.dtype) for _, y in calls]
+    shifts = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), calls)
     gradients = jax.grad(loss)(vary_with(batch, shifts))
-    norms: dict[str, Array] = {}
-    for (path, _), gradient in zip(calls, gradients, strict=True):
-        norm, name = jnp.linalg.norm(gradient.ravel()), "/".join(path)
-        norms[name] = jnp.hypot(norms[name], norm) if name in norms else norm
-    return norms
+    return {"/".join(path): optax.tree.norm(gradients[path]) for path in calls}
 
 
 def landscape(
@@ -116,10 +104,8 @@ def landscape(
     here, gradient = loss(params)
 
     def at(step_size: Array) -> tuple[Array, Array]:
-        there = jax.tree.map(lambda w, g: w - step_size * g, params, gradient)
-        value, other = loss(there)
-        squares = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), other, gradient)
-        return value, jnp.sqrt(sum(jax.tree.leaves(squares)))
+        value, other = loss(jax.tree.map(lambda w, g: w - step_size * g, params, gradient))
+        return value, optax.tree.norm(jax.tree.map(jnp.subtract, other, gradient))
 
     losses, distances = jax.lax.map(at, jnp.asarray(step_sizes, here.dtype))
     return {"losses": losses, "gradient_distances": distances}
@@ -133,10 +119,7 @@ def activation_percentiles(
     percentiles: Sequence[float] = (15, 50, 85),
     train: bool = False,
 ) -> dict[str, Array]:
-    """Percentiles of what enters each unit's activation, over examples.
-
-    Returns:
-        `{"percentiles_1": [P, H] or [P, C], ...}`.
+    """Percentiles of what enters each unit's activation: `{"percentiles_1": [P, H or C], ...}`.
 
     Source: Ioffe & Szegedy (2015), figure 1 (b, c), draw them for one unit.
     """
@@ -153,13 +136,10 @@ def saturation(
     slope: float = 0.01,
     train: bool = False,
 ) -> dict[str, Array]:
-    """Share of each hidden layer's values at which the activation is flat.
+    """Share of each hidden layer's values at which the activation is flat: `{"saturation": [D]}`.
 
     Flat means that the derivative of the layer's activation is smaller than `slope`: a sigmoid
     beyond 4.58, tanh beyond 2.99, ReLU below 0.
-
-    Returns:
-        `{"saturation": [D]}`, from 0 to 1, over examples and units.
 
     Raises:
         ValueError: if a hidden layer does not call its activation as `bnjax.models.Activation`.
@@ -181,11 +161,7 @@ def saturation(
 def dead_units(
     model: nn.Module, variables: Variables, batch: Batch, *, train: bool = False
 ) -> dict[str, Array]:
-    """Share of each hidden layer's units that say the same of every example.
-
-    Returns:
-        `{"dead_units": [D]}`, from 0 to 1.
-    """
+    """Share of each layer's units that are the same for every example: `{"dead_units": [D]}`."""
     layers = features(model, variables, batch, train=train).values()
     return {"dead_units": jnp.stack([jnp.mean(jnp.ptp(_units(x), axis=0) == 0) for x in layers])}
 
@@ -203,10 +179,10 @@ def cosine_similarity(
     """
 
     def mean_cosine(layer: Array) -> Array:
-        layer = layer.reshape(layer.shape[0], -1)
+        count = layer.shape[0]
+        layer = layer.reshape(count, -1)
         length = jnp.linalg.norm(layer, axis=1, keepdims=True)
         units = layer / jnp.where(length == 0, 1, length)
-        count = layer.shape[0]
         return (jnp.sum(units.sum(axis=0) ** 2) - jnp.sum(units**2)) / (count * (count - 1))
 
     layers = features(model, variables, batch, train=train).values()

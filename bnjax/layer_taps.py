@@ -106,13 +106,13 @@ def hidden(model: nn.Module, variables: Variables, images: AnyArray, train: bool
 
 def outputs(
     model: nn.Module, variables: Variables, images: AnyArray, kinds: Any, *, train: bool
-) -> list[tuple[Path, jax.ShapeDtypeStruct]]:
-    """Path, and shape and dtype of the result, of each call of modules of these kinds, in order."""
-    calls: list[tuple[Path, jax.ShapeDtypeStruct]] = []
+) -> dict[Path, list[jax.ShapeDtypeStruct]]:
+    """Shape and dtype of what each call of modules of these kinds gives, by path, in order."""
+    calls: dict[Path, list[jax.ShapeDtypeStruct]] = {}
 
     def see(module: nn.Module, x: Any, y: Any) -> Any:
         if isinstance(module, kinds):
-            calls.append((module.path, jax.ShapeDtypeStruct(y.shape, y.dtype)))
+            calls.setdefault(module.path, []).append(jax.ShapeDtypeStruct(y.shape, y.dtype))
         return y
 
     apply = partial(model.apply, train=train, mutable=["batch_stats"])

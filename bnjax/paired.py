@@ -33,13 +33,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Arm:
-    """One side of the comparison.
-
-    Attributes:
-        name: its name in states, metrics and files.
-        module: called as `module.apply(variables, images, train=...)`.
-        optimizer: an optax gradient transformation.
-    """
+    """One side of the comparison, by its name in states, metrics and files."""
 
     name: str
     module: nn.Module
@@ -61,8 +55,7 @@ class Epoch(NamedTuple):
         states: the states after the epoch. The next epoch donates them: copy what should stay.
         steps: per arm, metrics of each training step, `[R, steps]`, without `correct`: to count it
             would take a twentieth of the training.
-        train: per arm, evaluation-mode metrics of the whole training set, `[R]`.
-        test: per arm, evaluation-mode metrics of the whole test set, `[R]`.
+        train, test: per arm, evaluation-mode metrics of the whole set, `[R]`.
         seconds: time that training took for all arms and replicates, without evaluation or
             compilation.
     """
@@ -131,10 +124,8 @@ def train_epoch(
 
     Args:
         states: the states before the epoch; they are donated and must not be used again.
-        keys, batch_size, drop_last, statistics: as in `Trainer`.
         epoch: counts from 1.
-        examples: the training set.
-        mesh: where to compute.
+        keys, examples, batch_size, drop_last, statistics: as `Trainer` has them.
 
     Returns:
         The states after the epoch, and per arm the metrics of each step, `[R, steps]`.
@@ -180,10 +171,8 @@ class Trainer:
     Attributes:
         placements: the arms and where they live; programs run side by side.
         keys: `[R]`, from `replicate_keys`.
-        train: the training set.
-        test: the test set.
-        batch_size: examples per step.
-        drop_last: leave out what does not fill a batch.
+        train, test: the sets to train on and to test on.
+        batch_size, drop_last: as `bnjax.training.train_epoch` has them.
         statistics: "global", of the whole batch wherever its examples are, or "local", of the
             examples of each device of the axis `data` on their own.
         shared_init: draw all arms from one key, so that layers of the same name, shape and
@@ -219,9 +208,6 @@ class Trainer:
         Args:
             states: initial ones or those of a checkpoint; they are donated to the first epoch.
             numbers: which epochs to run; they count from 1.
-
-        Yields:
-            One `Epoch` after the other.
         """
         if not numbers:
             return

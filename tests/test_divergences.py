@@ -108,7 +108,7 @@ def test_a_loss_alone_is_named():
     assert divergences.first_layer(state(), examples, train=True) == "loss"
 
 
-@pytest.mark.parametrize("rate", [1e5, 1e30])
+@pytest.mark.parametrize("rate", [3e6, 1e30])
 def test_an_epoch_is_gone_through_as_training_did(rate):
     before, order = state(rate), paired.derive(trainer().keys[0], "order", 2)
     after, steps = training.train_epoch(before, EXAMPLES, order, batch_size=8, drop_last=False)
