@@ -41,7 +41,19 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         DamagedCheckpointError: if it is not as it was written.
         OSError: if it cannot be read.
     """
-    return _parse(path, path.read_bytes())
+    content = path.read_bytes()
+    try:
+        arrays = {
+            name: np.frombuffer(tensor["data"], _dtype(tensor["dtype"])).reshape(tensor["shape"])
+            for name, tensor in safetensors.deserialize(content)
+        }
+        length = int.from_bytes(content[:8], "little")  # of the header, which holds the metadata
+        metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise DamagedCheckpointError(f"{path}: it is damaged ({shorten(error)})") from error
+    if metadata.pop("sha256", None) != _checksum(arrays, metadata):
+        raise DamagedCheckpointError(f"{path}: it is damaged (its checksum is wrong)")
+    return arrays, metadata
 
 
 class Checkpoints:
@@ -56,18 +68,18 @@ class Checkpoints:
         """
         self._directory = directory.absolute()
         self._settings = settings
-        self._latest: tuple[int, bytes] | None = None
+        self._latest: tuple[int, dict[str, np.ndarray], dict[str, str]] | None = None
 
     def save(self, epochs: int, states: Any) -> None:
         """Saves `states`, a pytree of arrays, as they are after `epochs` epochs."""
-        arrays = {
-            name: np.asarray(leaf, order="C")  # the bytes are written as they lie in memory
+        arrays = {  # copies, as the next epoch overwrites the states, in the order of their bytes
+            name: np.array(leaf, order="C")
             for name, leaf in by_path(processes.gather(states)).items()
         }
         metadata = {"epochs": str(epochs), "settings": self._settings}
-        metadata["sha256"] = _checksum(arrays, metadata)
-        content = safetensors.numpy.save(arrays, metadata)
-        self._latest = epochs, content
+        checksum = _checksum(arrays, metadata)
+        content = safetensors.numpy.save(arrays, {**metadata, "sha256": checksum})
+        self._latest = epochs, arrays, metadata
         path = file_of(self._directory, epochs)
         processes.run_on_all(lambda: _write(path, content) if processes.is_first() else None)
 
@@ -111,8 +123,8 @@ class Checkpoints:
         """
         path = file_of(self._directory, epochs)
         if self._latest is None or self._latest[0] != epochs:
-            self._latest = epochs, path.read_bytes()
-        arrays, metadata = _parse(path, self._latest[1])
+            self._latest = epochs, *load(path)
+        _, arrays, metadata = self._latest
         if metadata["epochs"] != str(epochs):
             told = f"it holds the state after epoch {metadata['epochs']}"
             raise DamagedCheckpointError(f"{path}: it is damaged ({told})")
@@ -136,21 +148,6 @@ def _checksum(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> 
     for name in sorted(arrays):
         digest.update(arrays[name].tobytes())
     return digest.hexdigest()
-
-
-def _parse(path: Path, content: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    try:
-        arrays = {
-            name: np.frombuffer(tensor["data"], _dtype(tensor["dtype"])).reshape(tensor["shape"])
-            for name, tensor in safetensors.deserialize(content)
-        }
-        length = int.from_bytes(content[:8], "little")  # of the header, which holds the metadata
-        metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise DamagedCheckpointError(f"{path}: it is damaged ({shorten(error)})") from error
-    if metadata.pop("sha256", None) != _checksum(arrays, metadata):
-        raise DamagedCheckpointError(f"{path}: it is damaged (its checksum is wrong)")
-    return arrays, metadata
 
 
 def _dtype(code: str) -> np.dtype:

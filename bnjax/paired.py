@@ -130,9 +130,9 @@ def train_epoch(
     Returns:
         The states after the epoch, and per arm the metrics of each step, `[R, steps]`.
     """
-    step = train_step
+    on_devices = train_step
     if statistics == "local":
-        step = jax.shard_map(
+        on_devices = jax.shard_map(
             partial(train_step, axis_name="data"),
             in_specs=(PartitionSpec(), PartitionSpec("data")),
             out_specs=PartitionSpec(),
@@ -140,13 +140,13 @@ def train_epoch(
             check_vma=False,
         )
 
-    def take(examples: Batch, index: Array) -> Batch:
-        return constrain(training.take(examples, constrain(index, mesh)), mesh, "data")
+    def step(states: States, batch: Batch) -> Any:
+        return on_devices(states, constrain(batch, mesh, "data"))
 
     def train(states: States, key: Array, epoch: Array, examples: Batch) -> Any:
         order = derive(key, "order", epoch)
         sizes = {"batch_size": batch_size, "drop_last": drop_last}
-        return training.train_epoch(states, examples, order, step=step, take=take, **sizes)
+        return training.train_epoch(states, examples, order, step=step, **sizes)
 
     return map_replicates(train, mesh, (states, keys), (epoch, examples))
 

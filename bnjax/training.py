@@ -204,7 +204,7 @@ def take(examples: Batch, index: AnyArray) -> Batch:
     return Batch(*(a[index] for a in examples))
 
 
-@partial(jax.jit, static_argnames=("batch_size", "drop_last", "step", "take"))
+@partial(jax.jit, static_argnames=("batch_size", "drop_last", "step"))
 def train_epoch(
     state: State,
     examples: Batch,
@@ -213,7 +213,6 @@ def train_epoch(
     batch_size: int,
     drop_last: bool = True,
     step: Callable[[State, Batch], tuple[State, Any]] = train_step,
-    take: Callable[[Batch, Array], Batch] = take,
 ) -> tuple[State, Any]:
     """Every example once, in an order drawn from `key`, as one compiled scan.
 
@@ -224,7 +223,6 @@ def train_epoch(
         batch_size: examples per step, at most the number of examples.
         drop_last: leave out what does not fill a batch; otherwise it is one more, smaller step.
         step: `(state, batch) -> (state, metrics)`.
-        take: `(examples, index) -> batch`.
 
     Returns:
         The state after the epoch and the metrics of the steps, stacked along the first axis.

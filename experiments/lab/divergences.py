@@ -53,9 +53,8 @@ def locate(
 
     Args:
         found: from `find`.
-        trainer: what the epoch was trained with.
-        epoch: what it left behind.
-        before: gives the states before the epoch.
+        trainer, epoch: what the epoch was trained with, and what it left behind.
+        before: gives the states before it.
     """
     started = processes.gather(before()) if any(one["step"] for one in found) else {}
     for one in found:
@@ -98,12 +97,7 @@ def _train_step(state: TrainState, batch: Batch, *, shares: int) -> tuple[TrainS
 
 
 def first_layer(state: TrainState, batch: Batch, *, train: bool) -> str | None:
-    """The first layer whose output is not finite in the forward pass of a batch.
-
-    Args:
-        state: of the network.
-        batch: any examples.
-        train: whether the network normalizes by the batch and drops, as in training.
+    """The first layer whose output is not finite where a batch goes through, as `forward` does it.
 
     Returns:
         The layer's path, such as `"Dense_3"`; "loss" if all layers are finite and the loss is not;
