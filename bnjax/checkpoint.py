@@ -23,6 +23,7 @@ import safetensors.numpy
 from bnjax.errors import CheckpointError, CheckpointWarning, DamagedCheckpointError, shorten
 from bnjax.parallel import processes
 from bnjax.parallel.mesh import place
+from bnjax.training import by_path
 
 KEEP = 2
 KINDS = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint", "C": "complex", "BOOL": "bool"}
@@ -40,7 +41,19 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         DamagedCheckpointError: if it is not as it was written.
         OSError: if it cannot be read.
     """
-    return _parse(path, path.read_bytes())
+    content = path.read_bytes()
+    try:
+        arrays = {
+            name: np.frombuffer(tensor["data"], _dtype(tensor["dtype"])).reshape(tensor["shape"])
+            for name, tensor in safetensors.deserialize(content)
+        }
+        length = int.from_bytes(content[:8], "little")  # of the header, which holds the metadata
+        metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise DamagedCheckpointError(f"{path}: it is damaged ({shorten(error)})") from error
+    if metadata.pop("sha256", None) != _checksum(arrays, metadata):
+        raise DamagedCheckpointError(f"{path}: it is damaged (its checksum is wrong)")
+    return arrays, metadata
 
 
 class Checkpoints:
@@ -50,30 +63,23 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, settings: str = "") -> None:
-        """Looks into `directory`, which need not exist.
-
-        Args:
-            directory: of the checkpoints; its parent must exist when one is saved.
-            settings: what decides the numbers of the run; states of others are refused.
+        """In `directory`, whose parent must exist when one is saved; `settings` are what decides
+        the numbers of the run, and checkpoints of others are refused.
         """
         self._directory = directory.absolute()
         self._settings = settings
-        self._latest: tuple[int, bytes] | None = None
+        self._latest: tuple[int, dict[str, np.ndarray], dict[str, str]] | None = None
 
     def save(self, epochs: int, states: Any) -> None:
-        """Saves `states`, a pytree of arrays, as they are after `epochs` epochs.
-
-        Raises:
-            OSError: if the file cannot be written.
-        """
-        arrays = {
-            name: np.asarray(leaf, order="C")  # the bytes are written as they lie in memory
-            for name, leaf in _by_name(processes.gather(states)).items()
+        """Saves `states`, a pytree of arrays, as they are after `epochs` epochs."""
+        arrays = {  # copies, as the next epoch overwrites the states, in the order of their bytes
+            name: np.array(leaf, order="C")
+            for name, leaf in by_path(processes.gather(states)).items()
         }
         metadata = {"epochs": str(epochs), "settings": self._settings}
-        metadata["sha256"] = _checksum(arrays, metadata)
-        content = safetensors.numpy.save(arrays, metadata)
-        self._latest = epochs, content
+        checksum = _checksum(arrays, metadata)
+        content = safetensors.numpy.save(arrays, {**metadata, "sha256": checksum})
+        self._latest = epochs, arrays, metadata
         path = file_of(self._directory, epochs)
         processes.run_on_all(lambda: _write(path, content) if processes.is_first() else None)
 
@@ -88,8 +94,7 @@ class Checkpoints:
             at_most: checkpoints of more epochs are set aside too.
 
         Raises:
-            CheckpointError: if the checkpoint holds states of another structure or other settings.
-            OSError: if the system does not let it be read.
+            CheckpointError, OSError: as `at`.
         """
         kept = _epochs(self._directory) if self._directory.is_dir() else []
         for epochs in reversed(processes.allgather_object(kept)[0]):
@@ -113,21 +118,17 @@ class Checkpoints:
     def at(self, epochs: int, states: Any) -> Any:
         """The states after `epochs` epochs, of a checkpoint that is still kept.
 
-        Those that were saved or restored last are not read from the disk again.
-
-        Raises:
-            DamagedCheckpointError: if it is not as it was written.
-            CheckpointError: if it holds states of another structure or other settings.
-            OSError: if the system does not let it be read.
+        Those that were saved or restored last are not read from the disk again. Raises as `load`,
+        and a CheckpointError if it holds states of another structure or other settings.
         """
         path = file_of(self._directory, epochs)
         if self._latest is None or self._latest[0] != epochs:
-            self._latest = epochs, path.read_bytes()
-        arrays, metadata = _parse(path, self._latest[1])
+            self._latest = epochs, *load(path)
+        _, arrays, metadata = self._latest
         if metadata["epochs"] != str(epochs):
             told = f"it holds the state after epoch {metadata['epochs']}"
             raise DamagedCheckpointError(f"{path}: it is damaged ({told})")
-        wanted = _by_name(states)
+        wanted = by_path(states)
         if metadata["settings"] != self._settings or _describe(arrays) != _describe(wanted):
             raise CheckpointError(
                 f"{path}: of other settings or of another version of the networks; go on with "
@@ -135,12 +136,6 @@ class Checkpoints:
             )
         placed = [place(arrays[name], leaf.sharding) for name, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(states), placed)
-
-
-def _by_name(states: Any) -> dict[str, Any]:
-    """The leaves of a pytree, in its order."""
-    leaves, _ = jax.tree.flatten_with_path(states)
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
 
 
 def _describe(arrays: Mapping[str, Any]) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -153,21 +148,6 @@ def _checksum(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> 
     for name in sorted(arrays):
         digest.update(arrays[name].tobytes())
     return digest.hexdigest()
-
-
-def _parse(path: Path, content: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    try:
-        arrays = {
-            name: np.frombuffer(tensor["data"], _dtype(tensor["dtype"])).reshape(tensor["shape"])
-            for name, tensor in safetensors.deserialize(content)
-        }
-        length = int.from_bytes(content[:8], "little")  # of the header, which holds the metadata
-        metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise DamagedCheckpointError(f"{path}: it is damaged ({shorten(error)})") from error
-    if metadata.pop("sha256", None) != _checksum(arrays, metadata):
-        raise DamagedCheckpointError(f"{path}: it is damaged (its checksum is wrong)")
-    return arrays, metadata
 
 
 def _dtype(code: str) -> np.dtype:

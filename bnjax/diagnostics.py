@@ -2,12 +2,13 @@
 
 `model` is any module called as `model.apply(variables, images, train=...)`. Its layers are the
 calls of `nn.Dense`, `nn.Conv` and what derives from them (`bnjax.layer_taps`), from the input on;
-the last gives the logits, the others are hidden. The units of features `[N, H]` are columns, those
-of `[N, H, W, C]` channels.
-A `batch` has `[N, ...]` images; only the probes of gradients read its labels.
-`train=True` normalizes with the statistics of the batch, as a network at initialization must;
-by default the running ones are used. Nothing draws random numbers: dropout must be off in training.
-What a module calls inside `nn.scan`, `nn.remat` and the like cannot be looked at: a ValueError.
+the last gives the logits, the others are hidden, D of them. The units of features `[N, H]` are
+columns, those of `[N, H, W, C]` channels, and positions count as examples.
+A `batch` has `[N, ...]` images; only the probes of gradients, which work in training mode, read its
+labels. `train=True` normalizes with the statistics of the batch, as a network at initialization
+must; by default the running ones are used. Nothing draws random numbers: dropout must be off in
+training. What a module calls inside `nn.scan`, `nn.remat` and the like cannot be looked at: a
+ValueError.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,27 +17,26 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 from flax.traverse_util import flatten_dict
 from jax import Array
 
 from bnjax import layer_taps
 from bnjax.layer_taps import LAYERS, Variables
-from bnjax.training import Batch, cross_entropy, to_float, vary_with
+from bnjax.losses import cross_entropy
+from bnjax.training import Batch, to_float, vary_with
 
 
 def features(
     model: nn.Module, variables: Variables, batch: Batch, *, train: bool = False
 ) -> dict[str, Array]:
-    """What leaves each hidden layer.
+    """What leaves each hidden layer: `{"features_1": [N, H] or [N, H, W, C], ...}`.
 
     Where the network calls a `bnjax.models.Activation`, what enters a layer's activation is what
     enters that, and what leaves the layer is what leaves that, or a normalization after it: of an
     `MLP` what `return_features=True` returns. In a module without them what enters the activation
     is what leaves the layer, or the last normalization after it (Flax's or bnjax's), and what
     leaves the layer is what the next one is given: pooled and flattened if the module does that.
-
-    Returns:
-        `{"features_1": [N, H] or [N, H, W, C], ...}`, one entry per hidden layer.
     """
     layers = layer_taps.hidden(model, variables, batch.images, train)
     return _numbered("features", (layer.leaving for layer in layers))
@@ -45,63 +45,52 @@ def features(
 def preactivations(
     model: nn.Module, variables: Variables, batch: Batch, *, train: bool = False
 ) -> dict[str, Array]:
-    """What enters each hidden layer's activation, seen as `features` tells.
-
-    Returns:
-        `{"preactivations_1": [N, H] or [N, H, W, C], ...}`, one entry per hidden layer.
-    """
+    """What enters each hidden layer's activation, as `features`: `{"preactivations_1": ...}`."""
     layers = layer_taps.hidden(model, variables, batch.images, train)
     return _numbered("preactivations", (layer.entering for layer in layers))
 
 
 def gradient_norms(model: nn.Module, variables: Variables, batch: Batch) -> dict[str, Array]:
-    """Frobenius norm of the gradient of the mean cross entropy in each kernel, in training mode.
+    """Frobenius norm of the gradient of the mean cross entropy in each kernel.
 
     Returns:
         `{"Dense_0": [], ...}`, a scalar for each layer, by its path, from the input on.
     """
     params = vary_with(batch, variables["params"])
     gradients = flatten_dict(jax.grad(_loss(model, variables, batch))(params))
-    return {
-        "/".join(path): jnp.linalg.norm(gradients[*path, "kernel"].ravel())
-        for path, _ in layer_taps.outputs(model, variables, batch.images, LAYERS, train=True)
-    }
+    layers = layer_taps.outputs(model, variables, batch.images, LAYERS, train=True)
+    return {"/".join(path): optax.tree.norm(gradients[*path, "kernel"]) for path in layers}
 
 
 def backpropagated_norms(model: nn.Module, variables: Variables, batch: Batch) -> dict[str, Array]:
     """Frobenius norm of the gradient of the mean cross entropy in what leaves each layer.
 
-    Unlike the gradient in a kernel it is not summed over examples, which may cancel or add up. In
-    training mode, before normalization and activation.
+    Unlike the gradient in a kernel it is not summed over examples, which may cancel or add up. What
+    leaves a layer is not yet normalized; all calls of a layer count together.
 
     Returns:
-        `{"Dense_0": [], ...}`, a scalar for each layer, by its path, from the input on: the norm of
-        `[N, ...]`, of all calls together where a layer is called more than once.
+        `{"Dense_0": [], ...}`, as `gradient_norms`.
     """
     calls = layer_taps.outputs(model, variables, batch.images, LAYERS, train=True)
 
-    def loss(shifts: list[Array]) -> Array:
-        rest = iter(shifts)
+    def loss(shifts: dict[layer_taps.Path, list[Array]]) -> Array:
+        rest = {path: iter(of_calls) for path, of_calls in shifts.items()}
 
         def shift(module: nn.Module, x: Any, y: Any) -> Any:
-            return y + next(rest) if isinstance(module, LAYERS) else y
+            return y + next(rest[module.path]) if isinstance(module, LAYERS) else y
 
         with layer_taps.watch(shift):
             return _loss(model, variables, batch)(variables["params"])
 
-    shifts = [jnp.zeros(y.shape, y.dtype) for _, y in calls]
+    shifts = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), calls)
     gradients = jax.grad(loss)(vary_with(batch, shifts))
-    norms: dict[str, Array] = {}
-    for (path, _), gradient in zip(calls, gradients, strict=True):
-        norm, name = jnp.linalg.norm(gradient.ravel()), "/".join(path)
-        norms[name] = jnp.hypot(norms[name], norm) if name in norms else norm
-    return norms
+    return {"/".join(path): optax.tree.norm(gradients[path]) for path in calls}
 
 
 def landscape(
     model: nn.Module, variables: Variables, batch: Batch, *, step_sizes: Sequence[float]
 ) -> dict[str, Array]:
-    """Loss and gradient of a batch along its own gradient direction, in training mode.
+    """Loss and gradient of a batch along its own gradient direction.
 
         loss(w - s g)   and   |grad loss(w - s g) - g|,   g = grad loss(w),   for each step size s
 
@@ -115,10 +104,8 @@ def landscape(
     here, gradient = loss(params)
 
     def at(step_size: Array) -> tuple[Array, Array]:
-        there = jax.tree.map(lambda w, g: w - step_size * g, params, gradient)
-        value, other = loss(there)
-        squares = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), other, gradient)
-        return value, jnp.sqrt(sum(jax.tree.leaves(squares)))
+        value, other = loss(jax.tree.map(lambda w, g: w - step_size * g, params, gradient))
+        return value, optax.tree.norm(jax.tree.map(jnp.subtract, other, gradient))
 
     losses, distances = jax.lax.map(at, jnp.asarray(step_sizes, here.dtype))
     return {"losses": losses, "gradient_distances": distances}
@@ -132,10 +119,7 @@ def activation_percentiles(
     percentiles: Sequence[float] = (15, 50, 85),
     train: bool = False,
 ) -> dict[str, Array]:
-    """Percentiles of what enters each unit's activation, over examples (and positions).
-
-    Returns:
-        `{"percentiles_1": [P, H] or [P, C], ...}`, one entry per hidden layer.
+    """Percentiles of what enters each unit's activation: `{"percentiles_1": [P, H or C], ...}`.
 
     Source: Ioffe & Szegedy (2015), figure 1 (b, c), draw them for one unit.
     """
@@ -152,13 +136,10 @@ def saturation(
     slope: float = 0.01,
     train: bool = False,
 ) -> dict[str, Array]:
-    """Share of each hidden layer's values at which the activation is flat.
+    """Share of each hidden layer's values at which the activation is flat: `{"saturation": [D]}`.
 
     Flat means that the derivative of the layer's activation is smaller than `slope`: a sigmoid
     beyond 4.58, tanh beyond 2.99, ReLU below 0.
-
-    Returns:
-        `{"saturation": [D]}`, from 0 to 1, over examples, units and positions.
 
     Raises:
         ValueError: if a hidden layer does not call its activation as `bnjax.models.Activation`.
@@ -180,11 +161,7 @@ def saturation(
 def dead_units(
     model: nn.Module, variables: Variables, batch: Batch, *, train: bool = False
 ) -> dict[str, Array]:
-    """Share of each hidden layer's units that say the same of every example (and position).
-
-    Returns:
-        `{"dead_units": [D]}`, from 0 to 1.
-    """
+    """Share of each layer's units that are the same for every example: `{"dead_units": [D]}`."""
     layers = features(model, variables, batch, train=train).values()
     return {"dead_units": jnp.stack([jnp.mean(jnp.ptp(_units(x), axis=0) == 0) for x in layers])}
 
@@ -202,12 +179,11 @@ def cosine_similarity(
     """
 
     def mean_cosine(layer: Array) -> Array:
-        layer = layer.reshape(layer.shape[0], -1)
+        count = layer.shape[0]
+        layer = layer.reshape(count, -1)
         length = jnp.linalg.norm(layer, axis=1, keepdims=True)
         units = layer / jnp.where(length == 0, 1, length)
-        own = jnp.sum(units**2)
-        count = layer.shape[0]
-        return (jnp.sum(units.sum(axis=0) ** 2) - own) / (count * (count - 1))
+        return (jnp.sum(units.sum(axis=0) ** 2) - jnp.sum(units**2)) / (count * (count - 1))
 
     layers = features(model, variables, batch, train=train).values()
     return {"cosine_similarity": jnp.stack([mean_cosine(layer) for layer in layers])}
@@ -264,9 +240,8 @@ def _loss(model: nn.Module, variables: Variables, batch: Batch) -> Callable[[Any
     """The mean cross entropy of the batch in training mode, as a function of the parameters."""
 
     def loss(params: Any) -> Array:
-        variables_there = {**variables, "params": params}
-        images = to_float(batch.images)
-        logits, _ = model.apply(variables_there, images, train=True, mutable=["batch_stats"])
+        there, images = {**variables, "params": params}, to_float(batch.images)
+        logits, _ = model.apply(there, images, train=True, mutable=["batch_stats"])
         return cross_entropy(logits, batch.labels).mean()
 
     return loss

@@ -36,17 +36,11 @@ NORMS = (
 
 
 class Hidden(NamedTuple):
-    """A hidden layer.
-
-    Attributes:
-        entering: what enters its activation, `[N, ...]`.
-        leaving: what leaves the layer, `[N, ...]`.
-        activation: that of the network, where it is one that can be seen.
-    """
+    """A hidden layer: what enters its activation and what leaves it, `[N, ...]`."""
 
     entering: Array
     leaving: Array
-    activation: Activation | None
+    activation: Activation | None  # where it is one that can be seen
 
 
 @contextmanager
@@ -72,10 +66,8 @@ def watch(see: Callable[[nn.Module, Any, Any], Any], *, lifted: bool = False) ->
                 "transformation, where it cannot be looked at: take the module without it"
             )
         calls.append(module)
-        try:
-            y = next_fun(*args, **kwargs)
-        finally:
-            calls.pop()
+        y = next_fun(*args, **kwargs)
+        calls.pop()
         return see(module, args[0] if args else kwargs.get("inputs", kwargs.get("x")), y)
 
     with nn.intercept_methods(intercept):
@@ -114,13 +106,13 @@ def hidden(model: nn.Module, variables: Variables, images: AnyArray, train: bool
 
 def outputs(
     model: nn.Module, variables: Variables, images: AnyArray, kinds: Any, *, train: bool
-) -> list[tuple[Path, jax.ShapeDtypeStruct]]:
-    """Path, and shape and dtype of the result, of each call of modules of these kinds, in order."""
-    calls: list[tuple[Path, jax.ShapeDtypeStruct]] = []
+) -> dict[Path, list[jax.ShapeDtypeStruct]]:
+    """Shape and dtype of what each call of modules of these kinds gives, by path, in order."""
+    calls: dict[Path, list[jax.ShapeDtypeStruct]] = {}
 
     def see(module: nn.Module, x: Any, y: Any) -> Any:
         if isinstance(module, kinds):
-            calls.append((module.path, jax.ShapeDtypeStruct(y.shape, y.dtype)))
+            calls.setdefault(module.path, []).append(jax.ShapeDtypeStruct(y.shape, y.dtype))
         return y
 
     apply = partial(model.apply, train=train, mutable=["batch_stats"])

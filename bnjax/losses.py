@@ -1,4 +1,10 @@
-"""Cross entropy and accuracy, each example on its own."""
+"""Cross entropy and accuracy.
+
+On a CPU XLA's argmax, and the scatter that is the gradient of picking a logit by its index, take
+longer than the matrix products of a wide output layer. Comparing logits needs neither.
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +16,36 @@ from bnjax.moments import statistics_dtype
 AnyArray = Array | np.ndarray
 
 
+class Metrics(NamedTuple):
+    """Sums over examples, to be divided only at the very end.
+
+    Attributes:
+        loss: sum of the cross entropies, in nats.
+        correct: number of examples whose largest logit is their label's; None where nobody counted.
+        examples: number of examples.
+    """
+
+    loss: Array
+    correct: Array
+    examples: Array
+
+
+def sum_metrics(logits: Array, labels: AnyArray) -> Metrics:
+    """The metrics of logits `[N, classes]` and labels `[N]`, as `cross_entropy` takes them.
+
+    Of equal logits the first is the largest, and none is where there is NaN.
+    """
+    losses = cross_entropy(logits, labels)
+    classes, labels = _classes_and_labels(logits, labels)
+    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    earlier = classes[None] < labels[:, None]
+    correct = jnp.where(earlier, logits < own, logits <= own).all(axis=1)
+    examples = jnp.asarray(labels.shape[0], jnp.int32)
+    return Metrics(losses.sum(), jnp.sum(correct, dtype=jnp.int32), examples)
+
+
 def cross_entropy(logits: Array, labels: AnyArray) -> Array:
     """`log(sum(exp(logits))) - logits[label]` of each example, in nats.
-
-    Picking the logit by comparison, the gradient needs no scatter, which on a CPU takes longer than
-    the matrix product before it.
 
     Args:
         logits: `[N, classes]` floating point; float32 at least while losses are computed.
@@ -42,18 +73,6 @@ def cross_entropy(logits: Array, labels: AnyArray) -> Array:
     own = jnp.where(classes[None] == labels[:, None], shifted, 0).sum(axis=1)
     own = jnp.where((labels >= 0) & (labels < len(classes)), own, jnp.nan)
     return jnp.log(jnp.exp(shifted).sum(axis=1)) - own
-
-
-def is_first_largest(logits: Array, labels: AnyArray) -> Array:
-    """`argmax(logits) == labels`, and False where NaN stands in the way.
-
-    XLA's argmax takes longer on a CPU than the rest of the forward pass of a wide output layer.
-    """
-    classes, labels = _classes_and_labels(logits, labels)
-    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    earlier = classes[None] < labels[:, None]
-    beaten = jnp.where(earlier, logits < own, logits <= own)
-    return beaten.all(axis=1)
 
 
 def _classes_and_labels(logits: Array, labels: AnyArray) -> tuple[Array, AnyArray]:

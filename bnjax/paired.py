@@ -1,18 +1,18 @@
 """Arms and replicates: networks that differ in one thing, trained on the same batches.
 
 The state of a run is one pytree, `{arm name: TrainState}`, in which every leaf has a leading axis
-over replicates, also when there is one. All randomness is a function of the replicate's key, a
+over R replicates, also when there is one. All randomness is a function of the replicate's key, a
 purpose and counters: a run can be continued from its state and the number of epochs done, and arms
 meet the same batches also where different programs train them on different devices.
 """
 
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
@@ -33,13 +33,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Arm:
-    """One side of the comparison.
-
-    Attributes:
-        name: its name in states, metrics and files.
-        module: called as `module.apply(variables, images, train=...)`.
-        optimizer: an optax gradient transformation.
-    """
+    """One side of the comparison, by its name in states, metrics and files."""
 
     name: str
     module: nn.Module
@@ -61,8 +55,7 @@ class Epoch(NamedTuple):
         states: the states after the epoch. The next epoch donates them: copy what should stay.
         steps: per arm, metrics of each training step, `[R, steps]`, without `correct`: to count it
             would take a twentieth of the training.
-        train: per arm, evaluation-mode metrics of the whole training set, `[R]`.
-        test: per arm, evaluation-mode metrics of the whole test set, `[R]`.
+        train, test: per arm, evaluation-mode metrics of the whole set, `[R]`.
         seconds: time that training took for all arms and replicates, without evaluation or
             compilation.
     """
@@ -88,28 +81,27 @@ def derive(key: Array, purpose: str, *counters: Array | int) -> Array:
     return key
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _create(
-    arms: tuple[Arm, ...], mesh: Mesh, shared_init: bool, keys: Array, images: AnyArray
-) -> States:
+@partial(jax.jit, static_argnums=(0, 1))
+def _create(placement: Placement, shared_init: bool, keys: Array, images: AnyArray) -> States:
     def create(key: Array, images: Array) -> States:
-        def create_arm(arm: Arm) -> TrainState:
+        states = {}
+        for arm in placement.arms:
             init_key = derive(key, "init" if shared_init else f"init {arm.name}")
-            return training.create_state(arm.module, arm.optimizer, init_key, images)
+            states[arm.name] = training.create_state(arm.module, arm.optimizer, init_key, images)
+        return states
 
-        return {arm.name: create_arm(arm) for arm in arms}
-
-    return map_replicates(create, mesh, (keys,), (images,))
+    return map_replicates(create, placement.mesh, (keys,), (images,))
 
 
 def train_step(
     states: States, batch: Batch, *, axis_name: str | None = None
 ) -> tuple[States, dict[str, Metrics]]:
     """One step of every arm of one replicate on the same batch."""
-    step = partial(training.train_step, batch=batch, axis_name=axis_name)
-    results = {name: step(state) for name, state in states.items()}
-    metrics = {name: metrics._replace(correct=None) for name, (_, metrics) in results.items()}
-    return {name: state for name, (state, _) in results.items()}, metrics
+    after, metrics = {}, {}
+    for name, state in states.items():
+        after[name], of_arm = training.train_step(state, batch, axis_name=axis_name)
+        metrics[name] = of_arm._replace(correct=None)
+    return after, metrics
 
 
 @partial(
@@ -132,55 +124,41 @@ def train_epoch(
 
     Args:
         states: the states before the epoch; they are donated and must not be used again.
-        keys: `[R]`, from `replicate_keys`.
         epoch: counts from 1.
-        examples: the training set.
-        batch_size: examples per step.
-        drop_last: leave out what does not fill a batch.
-        mesh: where to compute.
-        statistics: "global", of the whole batch wherever its examples are, or "local", of the
-            examples of each device of the axis `data` on their own.
+        keys, examples, batch_size, drop_last, statistics: as `Trainer` has them.
 
     Returns:
         The states after the epoch, and per arm the metrics of each step, `[R, steps]`.
     """
-
-    def train(states: States, key: Array, epoch: Array, examples: Batch):
-        return training.train_epoch(
-            states,
-            examples,
-            derive(key, "order", epoch),
-            batch_size=batch_size,
-            drop_last=drop_last,
-            step=_local_step(mesh) if statistics == "local" else train_step,
-            take=partial(_take, mesh),
+    on_devices = train_step
+    if statistics == "local":
+        on_devices = jax.shard_map(
+            partial(train_step, axis_name="data"),
+            in_specs=(PartitionSpec(), PartitionSpec("data")),
+            out_specs=PartitionSpec(),
+            axis_names={"data"},
+            check_vma=False,
         )
 
+    def step(states: States, batch: Batch) -> Any:
+        return on_devices(states, constrain(batch, mesh, "data"))
+
+    def train(states: States, key: Array, epoch: Array, examples: Batch) -> Any:
+        order = derive(key, "order", epoch)
+        sizes = {"batch_size": batch_size, "drop_last": drop_last}
+        return training.train_epoch(states, examples, order, step=step, **sizes)
+
     return map_replicates(train, mesh, (states, keys), (epoch, examples))
-
-
-def _local_step(mesh: Mesh) -> Callable[[States, Batch], tuple[States, dict[str, Metrics]]]:
-    return jax.shard_map(
-        partial(train_step, axis_name="data"),
-        in_specs=(PartitionSpec(), PartitionSpec("data")),
-        out_specs=PartitionSpec(),
-        axis_names={"data"},
-        check_vma=False,
-    )
-
-
-def _take(mesh: Mesh, examples: Batch, index: Array) -> Batch:
-    return constrain(training.take(examples, constrain(index, mesh)), mesh, "data")
 
 
 @partial(jax.jit, static_argnames="mesh")
 def evaluate(states: States, examples: Batch, *, mesh: Mesh) -> dict[str, Metrics]:
     """Evaluation-mode metrics `[R]` of every arm over all examples."""
 
-    def evaluate_arms(states: States, examples: Batch) -> dict[str, Metrics]:
-        def step(state: TrainState, batch: Batch) -> Metrics:
-            return training.eval_step(state, constrain(batch, mesh, "data"))
+    def step(state: TrainState, batch: Batch) -> Metrics:
+        return training.eval_step(state, constrain(batch, mesh, "data"))
 
+    def evaluate_arms(states: States, examples: Batch) -> dict[str, Metrics]:
         return {arm: training.evaluate(states[arm], examples, step=step) for arm in states}
 
     return map_replicates(evaluate_arms, mesh, (states,), (examples,))
@@ -193,11 +171,10 @@ class Trainer:
     Attributes:
         placements: the arms and where they live; programs run side by side.
         keys: `[R]`, from `replicate_keys`.
-        train: the training set.
-        test: the test set.
-        batch_size: examples per step.
-        drop_last: leave out what does not fill a batch.
-        statistics: as `train_epoch` has it.
+        train, test: the sets to train on and to test on.
+        batch_size, drop_last: as `bnjax.training.train_epoch` has them.
+        statistics: "global", of the whole batch wherever its examples are, or "local", of the
+            examples of each device of the axis `data` on their own.
         shared_init: draw all arms from one key, so that layers of the same name, shape and
             initializer start from the same parameters.
     """
@@ -220,12 +197,9 @@ class Trainer:
         """The initial state of every arm and replicate."""
 
         def create(placement: Placement) -> States:
-            images = self.train.images[:2]
-            return _create(*placement, self.shared_init, self.keys, images)
+            return _create(placement, self.shared_init, self.keys, self.train.images[:2])
 
-        if self._take_turns:
-            return _merge(map(create, self.placements))
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(1 if self._take_turns else None) as pool:
             return _merge(pool.map(create, self.placements))
 
     def epochs(self, states: States, numbers: range) -> Iterator[Epoch]:
@@ -234,9 +208,6 @@ class Trainer:
         Args:
             states: initial ones or those of a checkpoint; they are donated to the first epoch.
             numbers: which epochs to run; they count from 1.
-
-        Yields:
-            One `Epoch` after the other.
         """
         if not numbers:
             return
@@ -248,21 +219,21 @@ class Trainer:
 
         for number in numbers:
             start = time.perf_counter()
-            picked = ((p, _pick(states, p.placement)) for p in programs)
-            results = start_all(p.train_epoch(s, self.keys, number, p.data[0]) for p, s in picked)
+            results = start_all(
+                p.train_epoch(p.pick(states), self.keys, number, p.data[0]) for p in programs
+            )
             jax.block_until_ready(results)
             seconds = time.perf_counter() - start
-            states = _merge(new for new, _ in results)
-            steps = _merge(metrics for _, metrics in results)
-            checks = [
-                start_all(p.evaluate[k](_pick(states, p.placement), p.data[k]) for p in programs)
+            states, steps = (_merge(parts) for parts in zip(*results, strict=True))
+            on_train, on_test = (
+                _merge(start_all(p.evaluate[k](p.pick(states), p.data[k]) for p in programs))
                 for k in range(2)
-            ]
-            on_train, on_test = map(_merge, checks)
+            )
             yield Epoch(number, states, steps, on_train, on_test, seconds)
 
     def _compile(self, states: States, placement: Placement) -> "_Programs":
-        mine, mesh = _pick(states, placement), placement.mesh
+        mesh, names = placement.mesh, [arm.name for arm in placement.arms]
+        mine = {name: states[name] for name in names}
         data = [replicate_data(batch, mesh) for batch in (self.train, self.test)]
         step = train_epoch.lower(
             mine,
@@ -275,7 +246,7 @@ class Trainer:
             statistics=self.statistics,
         )
         checks = [evaluate.lower(mine, batch, mesh=mesh).compile() for batch in data]
-        return _Programs(placement, data, step.compile(), checks)
+        return _Programs(names, data, step.compile(), checks)
 
     @property
     def _take_turns(self) -> bool:
@@ -285,14 +256,15 @@ class Trainer:
 
 
 class _Programs(NamedTuple):
-    placement: Placement
+    """The compiled programs of a placement, and the sets that they are given."""
+
+    arms: list[str]
     data: list[Batch]  # to train on, and to test on
     train_epoch: Compiled
     evaluate: list[Compiled]  # on each of them
 
-
-def _pick(states: States, placement: Placement) -> States:
-    return {arm.name: states[arm.name] for arm in placement.arms}
+    def pick(self, states: States) -> States:
+        return {arm: states[arm] for arm in self.arms}
 
 
 def _merge(parts: Iterable[dict[str, T]]) -> dict[str, T]:

@@ -29,7 +29,6 @@ from bnjax.moments import Moments, centre, check_sample_count, merge, statistics
 from bnjax.training import AnyArray, to_float
 
 Variables = dict[str, Any]
-Calls = tuple[tuple[Moments, Array], ...]
 
 
 class Gap(NamedTuple):
@@ -106,17 +105,6 @@ def average_batch_moments(
     one size, drawn at random. Arguments, results and errors are those of `estimate`.
 
     Source: Ioffe & Szegedy (2015), algorithm 2, steps 8 to 10.
-
-    Example:
-        >>> from bnjax.models import MLP
-        >>> model = MLP(hidden_sizes=(4,), num_classes=2)
-        >>> variables = model.init(jax.random.key(0), jnp.zeros((2, 1)), train=True)
-        >>> x = jnp.arange(10.0)[:, None]
-        >>> variables = average_batch_moments(model, variables, [x[:5], x[5:]])
-        >>> pre = x[:5] @ variables["params"]["Dense_0"]["kernel"]
-        >>> unbiased = pre.var(axis=0, ddof=1)
-        >>> bool(jnp.allclose(variables["batch_stats"]["BatchNorm_0"]["var"], unbiased))
-        True
     """
     return _replace(module, variables, batches, layer_by_layer, _average)
 
@@ -169,9 +157,9 @@ def _replace(
             "layer_by_layer reads the batches once for each layer, found an iterator, which ends "
             "after the first: pass a list"
         )
-    first = [_images(batch) for batch in islice(batches, 1)] if layer_by_layer else []
-    paths = [path for images in first for path in layer_paths(module, variables, images)]
-    passes: list[Path | None] = [*paths] or [None]
+    passes: list[Path | None] = [None]
+    if layer_by_layer and (first := [_images(batch) for batch in islice(batches, 1)]):
+        passes = [*layer_paths(module, variables, first[0])] or passes
     for path in passes:
         measure = _compile(module, path)
         found = [measure(variables, _images(batch)) for batch in batches]
@@ -189,8 +177,7 @@ def _replace(
 
 def layer_paths(module: nn.Module, variables: Variables, images: AnyArray) -> list[Path]:
     """The paths of the batch normalizations of `[N, ...]` images, from the input on."""
-    calls = layer_taps.outputs(module, variables, images, BATCH_NORMS, train=False)
-    return list(dict.fromkeys(path for path, _ in calls))
+    return list(layer_taps.outputs(module, variables, images, BATCH_NORMS, train=False))
 
 
 def _images(batch: Any) -> AnyArray:
@@ -214,7 +201,7 @@ def _compile(module: nn.Module, only: Path | None) -> Callable[[Variables, AnyAr
 
 def _measure(
     module: nn.Module, only: Path | None, variables: Variables, images: AnyArray
-) -> dict[Path, Calls]:
+) -> dict[Path, tuple[tuple[Moments, Array], ...]]:
     """Moments of what enters each layer, or `only` one, when it normalizes with them."""
 
     def substitute(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
@@ -223,9 +210,9 @@ def _measure(
             x = args[0] if args else kwargs["x"]
             moments, rest = _moments(x, layer.axis, kwargs.get("mask"))
             calls = layer.get_variable("batch_stats", "calls", ())
-            layer.put_variable("batch_stats", "calls", (*calls, (moments, rest)))
-            layer.put_variable("batch_stats", "mean", moments.mean)
-            layer.put_variable("batch_stats", "var", moments.var)
+            seen = {"calls": (*calls, (moments, rest)), "mean": moments.mean, "var": moments.var}
+            for name, value in seen.items():
+                layer.put_variable("batch_stats", name, value)
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(substitute):

@@ -56,7 +56,8 @@ def summarize(values: ArrayLike) -> Summary:
         >>> summary.mean, [round(bound, 3) for bound in summary.interval], summary.n
         (2.0, [-10.706, 14.706], 2)
     """
-    finite = _finite(values)
+    finite = np.asarray(values, np.float64)
+    finite = finite[np.isfinite(finite)]
     n = len(finite)
     if n < 2:
         return Summary(float(finite[0]) if n else None, None, None, n)
@@ -73,8 +74,7 @@ def paired_difference(
     """What `first - second`, replicate by replicate, says about which is better.
 
     Args:
-        first: `[R]`.
-        second: `[R]`, in the same order.
+        first, second: `[R]`, in the same order.
         lower_is_better: as of a loss.
 
     Raises:
@@ -90,7 +90,8 @@ def paired_difference(
     if np.shape(first) != np.shape(second):
         raise ValueError(f"no pairs: {np.shape(first)} values against {np.shape(second)}")
     with np.errstate(invalid="ignore"):  # infinity minus infinity is left out
-        difference = _finite(np.subtract(first, second, dtype=np.float64))
+        difference = np.subtract(first, second, dtype=np.float64)
+    difference = difference[np.isfinite(difference)]
     wins = int(np.sum(difference < 0 if lower_is_better else difference > 0))
     ties = int(np.sum(difference == 0))
     untied = len(difference) - ties
@@ -100,8 +101,3 @@ def paired_difference(
 
         p = min(1.0, 2 * float(bdtr(min(wins, untied - wins), untied, 0.5)))
     return Difference(*summarize(difference), wins, ties, p)
-
-
-def _finite(values: ArrayLike) -> np.ndarray:
-    finite = np.asarray(values, np.float64)
-    return finite[np.isfinite(finite)]

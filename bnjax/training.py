@@ -2,38 +2,107 @@
 
 A batch, like the whole dataset, is a `Batch` of arrays. The functions know nothing about where it
 came from nor what the module is, beyond `module.apply(variables, images, train=...)`.
+
+Example:
+    >>> from bnjax.models import MLP
+    >>> batch = Batch(jnp.zeros((4, 3)), jnp.array([0, 1, 0, 1]))
+    >>> state = create_state(MLP((5,), 2), optax.sgd(0.1), jax.random.key(0), batch.images)
+    >>> state, metrics = train_step(state, batch)
+    >>> state, steps = train_epoch(state, batch, jax.random.key(1), batch_size=2)
+    >>> int(state.step), steps.loss.shape, int(evaluate(state, batch).examples)
+    (3, (2,), 4)
 """
 
+import zlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
+from flax.training import train_state
 from jax import Array, lax
 
-from bnjax.losses import AnyArray, cross_entropy, is_first_largest
-from bnjax.train_state import KEY_KIND, Batch, Metrics, TrainState, create_state, to_float
-
-__all__ = [
-    "AnyArray",
-    "Batch",
-    "Metrics",
-    "TrainState",
-    "create_state",
-    "cross_entropy",
-    "draw_order",
-    "eval_step",
-    "evaluate",
-    "forward",
-    "take",
-    "to_float",
-    "train_epoch",
-    "train_step",
-    "vary_with",
-]
+from bnjax.losses import AnyArray, Metrics, sum_metrics
 
 State = TypeVar("State")
+
+
+class Batch(NamedTuple):
+    """Examples side by side.
+
+    Attributes:
+        images: `[N, ...]` uint8 in 0..255, or floating point as the module takes it.
+        labels: `[N]` integer classes.
+    """
+
+    images: AnyArray
+    labels: AnyArray
+
+
+class TrainState(train_state.TrainState):
+    """Flax's training state (`step`, `params`, `opt_state`) with what it lacks.
+
+    Attributes:
+        batch_stats: the running statistics.
+        dropout_key: `[2]` uint32, a threefry key that each step folds with its number; None for
+            modules that draw nothing.
+    """
+
+    batch_stats: Any
+    dropout_key: Array | None = None
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What `module.apply` takes: `{"params": ..., "batch_stats": ...}`."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def create_state(
+    module: nn.Module, optimizer: optax.GradientTransformation, key: Array, images: AnyArray
+) -> TrainState:
+    """Initial parameters, running statistics and optimizer state.
+
+    Args:
+        module, optimizer: what to train, and how.
+        key: a JAX random key of any kind; decides the parameters and what dropout drops.
+        images: `[N, ...]`, any examples of the right shape.
+    """
+    dropout_key = jax.random.fold_in(key, zlib.crc32(b"dropout"))
+    variables = module.init(key, to_float(images), train=True)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        apply_fn=module.apply,
+        params=variables["params"],
+        tx=optimizer,
+        opt_state=optimizer.init(variables["params"]),
+        batch_stats=variables.get("batch_stats", {}),
+        dropout_key=jax.random.bits(dropout_key, (2,), jnp.uint32),
+    )
+
+
+def to_float(images: AnyArray) -> AnyArray:
+    """uint8 in 0..255 becomes float32 in [0, 1], as torchvision's `ToTensor`; floats stay.
+
+    Raises:
+        ValueError: if they are anything else: other integers do not say what they are out of.
+
+    Example:
+        >>> print(to_float(jnp.array([0, 255], jnp.uint8)))
+        [0. 1.]
+    """
+    dtype = images.dtype if isinstance(images, AnyArray) else None
+    if dtype == jnp.uint8:
+        return images.astype(jnp.float32) / 255
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        found = f"a {type(images).__name__}" if dtype is None else f"{dtype}{list(images.shape)}"
+        raise ValueError(
+            f"images are {found}: expected an array of uint8 in 0..255, which are divided by 255, "
+            "or of floating point, which stays as it is"
+        )
+    return images
 
 
 @partial(jax.jit, static_argnames="axis_name")
@@ -50,33 +119,24 @@ def train_step(
             examples and drops on its own, and the running statistics are those of the first.
 
     Returns:
-        The state after the step, with updated running statistics, and the metrics of the forward
-        pass that the gradient came from.
-
-    Example:
-        >>> import optax
-        >>> from bnjax.models import MLP
-        >>> batch = Batch(jnp.zeros((4, 3)), jnp.array([0, 1, 0, 1]))
-        >>> state = create_state(MLP((5,), 2), optax.sgd(0.1), jax.random.key(0), batch.images)
-        >>> state, metrics = train_step(state, batch)
-        >>> int(state.step), int(metrics.examples)
-        (1, 4)
+        The state after the step, with updated running statistics in the dtypes that they had, and
+        the metrics of the forward pass that the gradient came from.
     """
-
     own = state.replace(params=vary_with(batch, state.params))
-    if axis_name is not None:
-        own = _fold_dropout(own, lax.axis_index(axis_name))
-        first = lax.axis_index(axis_name) == 0
+    if axis_name is not None and own.dropout_key is not None:
+        key = _fold(own.dropout_key, lax.axis_index(axis_name))
+        own = own.replace(dropout_key=jax.random.key_data(key))
 
     def loss_fn(params: Any) -> tuple[Array, tuple[Metrics, Any]]:
         logits, updates = forward(own.replace(params=params), batch.images, train=True)
-        metrics = _metrics(logits, batch.labels)
+        metrics = sum_metrics(logits, batch.labels)
         return metrics.loss / metrics.examples.astype(metrics.loss.dtype), (metrics, updates)
 
     gradients, (metrics, updates) = jax.grad(loss_fn, has_aux=True)(own.params)
-    batch_stats = _in_containers_of(state.batch_stats, updates.get("batch_stats", {}))
+    batch_stats = _update(state.batch_stats, updates.get("batch_stats", {}))
     if axis_name is not None:
         gradients = lax.pmean(gradients, axis_name)
+        first = lax.axis_index(axis_name) == 0
         firsts = jax.tree.map(lambda a: jnp.where(first, a, jnp.zeros_like(a)), batch_stats)
         metrics, batch_stats = lax.psum((metrics, firsts), axis_name)
     with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic needs it
@@ -92,50 +152,45 @@ def vary_with(batch: Batch, tree: State) -> State:
     return jax.tree.map(lambda a: jnp.where(some, a, a), tree)
 
 
-def _in_containers_of(before: Any, after: Any) -> Any:
-    """Statistics after a step in the mappings of those before, as a scan needs them."""
-    old, new = (
-        {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-        for leaves in map(jax.tree.leaves_with_path, (before, after))
-    )
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree in its order, by paths such as `params/Dense_0/kernel`."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
+
+
+def _update(before: Any, after: Any) -> Any:
+    """Statistics after a step in the mappings and dtypes of those before, as a scan needs them."""
+    old, new = by_path(before), by_path(after)
     if missing := sorted(new.keys() - old.keys()):
         raise ValueError(
             f"batch_stats of the state lack {', '.join(missing)}, which the module updates in "
             "training: begin with those that its init or create_state gives"
         )
-    return jax.tree.unflatten(jax.tree.structure(before), {**old, **new}.values())
+    leaves = [new[name].astype(a.dtype) if name in new else a for name, a in old.items()]
+    return jax.tree.unflatten(jax.tree.structure(before), leaves)
+
+
+def _fold(dropout_key: Array, number: Array | int) -> Array:
+    return jax.random.fold_in(jax.random.wrap_key_data(dropout_key, impl="threefry2x32"), number)
 
 
 def forward(state: TrainState, images: AnyArray, *, train: bool) -> tuple[Array, dict[str, Any]]:
-    """Logits `[B, classes]` of a batch, and the collections that training mode updates.
+    """Logits `[B, classes]` of images `[B, ...]`, and the collections that training mode updates.
 
-    Args:
-        state: of the network; in training mode its `step` decides what dropout drops.
-        images: `[B, ...]`.
-        train: whether to normalize by the batch and to drop.
+    In training mode `state.step` decides what dropout drops.
     """
     images = to_float(images)
     if not train:
         return state.apply_fn(state.variables, images, train=False), {}
-    rngs = {}
-    if state.dropout_key is not None:
-        key = jax.random.wrap_key_data(state.dropout_key, impl=KEY_KIND)
-        rngs["dropout"] = jax.random.fold_in(key, state.step)
+    rngs = {} if state.dropout_key is None else {"dropout": _fold(state.dropout_key, state.step)}
     return state.apply_fn(state.variables, images, train=True, mutable=["batch_stats"], rngs=rngs)
-
-
-def _fold_dropout(state: TrainState, number: Array) -> TrainState:
-    if state.dropout_key is None:
-        return state
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.dropout_key, impl=KEY_KIND), number)
-    return state.replace(dropout_key=jax.random.key_data(key))
 
 
 @jax.jit
 def eval_step(state: TrainState, batch: Batch) -> Metrics:
     """Metrics of a batch in evaluation mode: running statistics, no update."""
     logits, _ = forward(state, batch.images, train=False)
-    return _metrics(logits, batch.labels)
+    return sum_metrics(logits, batch.labels)
 
 
 def draw_order(key: Array, count: int) -> Array:
@@ -144,12 +199,12 @@ def draw_order(key: Array, count: int) -> Array:
     return jnp.argsort(jax.random.bits(key, (count,), jnp.uint32))
 
 
-def take(examples: Batch, index: Array) -> Batch:
+def take(examples: Batch, index: AnyArray) -> Batch:
     """The examples at these places."""
     return Batch(*(a[index] for a in examples))
 
 
-@partial(jax.jit, static_argnames=("batch_size", "drop_last", "step", "take"))
+@partial(jax.jit, static_argnames=("batch_size", "drop_last", "step"))
 def train_epoch(
     state: State,
     examples: Batch,
@@ -158,7 +213,6 @@ def train_epoch(
     batch_size: int,
     drop_last: bool = True,
     step: Callable[[State, Batch], tuple[State, Any]] = train_step,
-    take: Callable[[Batch, Array], Batch] = take,
 ) -> tuple[State, Any]:
     """Every example once, in an order drawn from `key`, as one compiled scan.
 
@@ -169,28 +223,17 @@ def train_epoch(
         batch_size: examples per step, at most the number of examples.
         drop_last: leave out what does not fill a batch; otherwise it is one more, smaller step.
         step: `(state, batch) -> (state, metrics)`.
-        take: `(examples, index) -> batch`.
 
     Returns:
         The state after the epoch and the metrics of the steps, stacked along the first axis.
 
     Raises:
         ValueError: if there are fewer examples than `batch_size`, or not as many images as labels.
-
-    Example:
-        >>> import optax
-        >>> from bnjax.models import MLP
-        >>> batch = Batch(jnp.zeros((4, 3)), jnp.array([0, 1, 0, 1]))
-        >>> state = create_state(MLP((5,), 2), optax.sgd(0.1), jax.random.key(0), batch.images)
-        >>> state, steps = train_epoch(state, batch, jax.random.key(1), batch_size=2)
-        >>> int(state.step), steps.loss.shape
-        (2, (2,))
     """
     count = _count(examples)
     if not 1 <= batch_size <= count:
-        raise ValueError(
-            f"batch_size is {batch_size}: expected 1 to {count}, the number of examples"
-        )
+        told = f"batch_size is {batch_size}: expected 1 to {count}, the number of examples"
+        raise ValueError(told)
     steps, rest = divmod(count, batch_size)
     order = draw_order(key, count)
     batches = order[: steps * batch_size].reshape(steps, batch_size)
@@ -212,21 +255,12 @@ def evaluate(
     """Metrics of every example once, in evaluation mode; the last short batch counts as well.
 
     Args:
-        state: what to evaluate.
-        examples: the whole set, resident on the device.
-        batch_size: examples per step. The result does not depend on it but for rounding.
+        state, examples: as in `train_epoch`.
+        batch_size: examples per step, from 1; the result depends on it in its rounding alone.
         step: `(state, batch) -> metrics`.
 
     Raises:
         ValueError: if `batch_size` is below 1, or there are not as many images as labels.
-
-    Example:
-        >>> import optax
-        >>> from bnjax.models import MLP
-        >>> batch = Batch(jnp.zeros((4, 3)), jnp.array([0, 1, 0, 1]))
-        >>> state = create_state(MLP((5,), 2), optax.sgd(0.1), jax.random.key(0), batch.images)
-        >>> int(evaluate(state, batch, batch_size=3).examples)
-        4
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: expected at least 1")
@@ -246,15 +280,7 @@ def evaluate(
 
 
 def _count(examples: Batch) -> int:
-    images, labels = examples.images.shape[0], examples.labels.shape[0]
+    images, labels = (a.shape[0] for a in examples)
     if images != labels:
-        raise ValueError(
-            f"{images} images and {labels} labels: expected as many of one as of the other"
-        )
+        raise ValueError(f"{images} images and {labels} labels: expected equally many")
     return labels
-
-
-def _metrics(logits: Array, labels: AnyArray) -> Metrics:
-    losses = cross_entropy(logits, labels)
-    correct = jnp.sum(is_first_largest(logits, labels), dtype=jnp.int32)
-    return Metrics(losses.sum(), correct, jnp.asarray(labels.shape[0], jnp.int32))

@@ -90,7 +90,7 @@ def _finish(path: Path, console: Console) -> int:
     if summary is None:
         if not run.lines:
             raise CheckpointError(f"{path} does not hold the run any more")
-        marks = divergences.read(path, run.arms)
+        marks = divergences.read(path)
         summary = {**metrics.summarize(run.metrics, run.reference), "divergences": marks}
         rundir.write_json(path / "summary.json", summary)
     console.print(display.closing_table(summary, run.titles))

@@ -230,18 +230,16 @@ def test_statistics_are_saved_from_the_input_on():
 
 def test_a_divergence_whose_layer_cannot_be_found_is_recorded(tmp_path, break_):
     path = tmp_path / "run"
-    break_("bnjax.divergence.replay")
+    break_("experiments.lab.divergences.replay")
     result = call(*RUN[:-1], 3, "--learning-rate", "1e30", "--out", path)
     assert result.status == 3
     assert notes(result) == [
-        "NOTE: the first layer that was not finite could not be found (bnjax.divergence.replay is "
-        "broken): epoch and step are known",
+        "NOTE: the first layer that was not finite could not be found "
+        "(experiments.lab.divergences.replay is broken): epoch and step are known",
         "NOTE: with BN, replicate 0 diverged in step 2 of epoch 1",
         "NOTE: without BN, replicate 0 diverged in step 2 of epoch 1",
     ]
-    assert [(mark["epoch"], mark["layer"]) for mark in divergences.read(path, ["bn", "no_bn"])] == [
-        (1, None)
-    ] * 2
+    assert [(mark["epoch"], mark["layer"]) for mark in divergences.read(path)] == [(1, None)] * 2
 
 
 def test_evidence_is_kept_where_its_picture_fails(tmp_path, monkeypatch, capsys):

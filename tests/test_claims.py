@@ -17,6 +17,7 @@ from scipy import stats
 
 from bnjax import data, functional, models, norms, training
 from bnjax.functional import BatchStats
+from bnjax.losses import cross_entropy
 from bnjax.training import Batch
 from experiments.claims import (
     Check,
@@ -351,7 +352,7 @@ def test_lab10_columns_differ_by_the_loss_they_start_from():
     last = jnp.float32(0.7)
     bn, no_bn, expected, bound = map(float, lab10_erratum._validate(state, batch, last))
     logits = model.apply(state.variables, batch.images[: 3 * size] / 255, train=False)
-    losses = training.cross_entropy(logits, batch.labels[: 3 * size])
+    losses = cross_entropy(logits, batch.labels[: 3 * size])
     assert no_bn == pytest.approx(float(losses.mean()), rel=1e-5)
     assert expected == pytest.approx(0.7 / 3, rel=1e-6)
     assert abs(bn - no_bn - expected) <= bound < 1e-5 * expected

@@ -291,7 +291,8 @@ def test_compiled_in_float32_on_integer_images():
 
     found = jax.jit(look)(variables, integers)
     with jax.enable_x64(True):
-        expected = look(jax.tree.map(np.float64, variables), floats)
+        variables = jax.tree.map(np.float64, variables)
+        expected = look(variables, floats)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, expected)
 
 

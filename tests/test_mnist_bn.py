@@ -699,7 +699,7 @@ class TestDivergence:
             assert line["test_accuracy"] is not None
 
     def test_is_marked_with_step_and_layer(self, diverged):
-        marks = divergences.read(diverged.path, ARMS)
+        marks = divergences.read(diverged.path)
         assert [(mark["arm"], mark["replicate"], mark["epoch"]) for mark in marks] == [
             (arm, 0, 1) for arm in ARMS
         ]
@@ -718,7 +718,7 @@ class TestDivergence:
         full_batch = "--batch-size", 1437, "--learning-rate", 1e38, "--epochs", 1
         result = call(*SMALL, *DIGITS, *full_batch, "--out", path)
         assert result.status == 3
-        marks = divergences.read(path, ARMS)
+        marks = divergences.read(path)
         assert [(mark["arm"], mark["epoch"], mark["step"]) for mark in marks] == [
             (arm, 1, None) for arm in ARMS
         ]
@@ -733,7 +733,7 @@ class TestDivergence:
         ]
         rundir.write_json(path / "divergences.json", marks)
         assert call("--resume", path, "--epochs", 2).status == 0
-        assert divergences.read(path, ARMS) == marks[:1]
+        assert divergences.read(path) == marks[:1]
 
     def test_is_on_the_page_only_where_it_was(self, finished, diverged):
         pages = [(run.path / "report.html").read_text() for run in (finished, diverged)]

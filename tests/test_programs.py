@@ -17,7 +17,16 @@ from jax.sharding import PartitionSpec as P
 from reference import batch_norm, relative_error
 
 import bnjax
-from bnjax import cs231n, diagnostics, functional, models, population, torch_interop, training
+from bnjax import (
+    cs231n,
+    diagnostics,
+    functional,
+    losses,
+    models,
+    population,
+    torch_interop,
+    training,
+)
 from bnjax.functional import BatchStats
 from bnjax.training import Batch
 
@@ -314,7 +323,7 @@ class TestNumPy:
                 functional.batch_norm_eval(*given),
                 functional.fold(*given[:3], ones, given[3]),
                 bnjax.variants.virtual_batches(train, 3)(*given[:4]),
-                training.cross_entropy(to(x), to(np.array([0, 1, 2, 0, 1, 2]))),
+                losses.cross_entropy(to(x), to(np.array([0, 1, 2, 0, 1, 2]))),
             )
             if to is np.asarray:
                 expected = found

@@ -11,6 +11,7 @@ import pytest
 from absl.testing import parameterized
 
 from bnjax import diagnostics, models, training
+from bnjax.losses import sum_metrics
 from bnjax.training import Batch
 
 KEY = jax.random.key(0)
@@ -217,12 +218,12 @@ def test_keys_of_any_kind(impl):
 
 @pytest.mark.parametrize("label", [-1, 3])
 def test_a_label_that_is_no_class_makes_the_loss_nan(label):
-    metrics = training._metrics(jnp.zeros((2, 3)), jnp.array([0, label]))
+    metrics = sum_metrics(jnp.zeros((2, 3)), jnp.array([0, label]))
     assert jnp.isnan(metrics.loss)
 
 
 def test_losses_of_bfloat16_logits_are_summed_in_float32():
-    metrics = training._metrics(jnp.zeros((3000, 10), jnp.bfloat16), jnp.zeros(3000, jnp.int32))
+    metrics = sum_metrics(jnp.zeros((3000, 10), jnp.bfloat16), jnp.zeros(3000, jnp.int32))
     np.testing.assert_allclose(metrics.loss, 3000 * np.log(10), rtol=1e-5)
 
 

@@ -9,7 +9,7 @@ from jax import Array
 from matplotlib.figure import Figure
 
 from bnjax.functional import BatchStats, batch_norm_train
-from bnjax.training import cross_entropy
+from bnjax.losses import cross_entropy
 from experiments.claims import STYLES, Check, Claim, Evidence, Settings, collect
 from experiments.report import figures
 

@@ -5,20 +5,25 @@ were finite and the evaluation after them was not; without a layer nobody could 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from bnjax import divergence, paired
-from bnjax.errors import CheckpointError
+from bnjax import paired, training
+from bnjax.layer_taps import watch
+from bnjax.losses import cross_entropy
 from bnjax.paired import Epoch, States, Trainer
 from bnjax.parallel import processes
-from bnjax.training import TrainState
+from bnjax.training import Batch, TrainState
 from experiments.lab import rundir
 
 FILE = "divergences.json"
+LOSS = "loss"
 
 
 def find(epoch: Epoch, known: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -30,12 +35,12 @@ def find(epoch: Epoch, known: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     """
     seen = {(one["arm"], one["replicate"]) for one in known}
     found = []
-    for arm, steps in epoch.steps.items():
-        losses = np.stack([epoch.train[arm].loss, epoch.test[arm].loss])
-        evaluated = np.isfinite(losses).all(axis=0)
-        for replicate, of_steps in enumerate(np.asarray(steps.loss)):
-            step = divergence.first_step(of_steps)
-            if (step or not evaluated[replicate]) and (arm, replicate) not in seen:
+    for arm, metrics in epoch.steps.items():
+        steps = ~np.isfinite(metrics.loss)  # [R, steps]
+        ends = ~np.isfinite(np.stack([epoch.train[arm].loss, epoch.test[arm].loss])).all(axis=0)
+        for replicate, lost in enumerate(steps):
+            if (lost.any() or ends[replicate]) and (arm, replicate) not in seen:
+                step = int(lost.argmax()) + 1 if lost.any() else None
                 place = {"arm": arm, "replicate": replicate, "epoch": epoch.number, "step": step}
                 found.append({**place, "layer": None})
     return found
@@ -48,77 +53,96 @@ def locate(
 
     Args:
         found: from `find`.
-        trainer: what the epoch was trained with.
-        epoch: what it left behind.
-        before: gives the states before the epoch.
+        trainer, epoch: what the epoch was trained with, and what it left behind.
+        before: gives the states before it.
     """
-    states = processes.gather(before()) if any(one["step"] for one in found) else {}
-    ended = {one["arm"] for one in found if not one["step"]}
-    after = {arm: processes.gather(epoch.states[arm]) for arm in ended}
-    local = trainer.statistics == "local"
+    started = processes.gather(before()) if any(one["step"] for one in found) else {}
     for one in found:
         arm, replicate, step = one["arm"], one["replicate"], one["step"]
+        states = started[arm] if step else processes.gather(epoch.states[arm])
+        state = jax.tree.map(lambda leaf, r=replicate: leaf[r], states)
         if step:
-            state, batch = divergence.replay(
-                _pick(states[arm], replicate),
-                trainer.train,
-                paired.derive(trainer.keys[replicate], "order", epoch.number),
-                step=step,
-                batch_size=trainer.batch_size,
-                shares=trainer.placements[0].mesh.shape["data"] if local else 1,
-            )
+            state, batch = replay(state, trainer, replicate, epoch.number, step)
         else:
-            state, on_train = _pick(after[arm], replicate), epoch.train[arm].loss[replicate]
-            batch = trainer.train if not np.isfinite(on_train) else trainer.test
-        one["layer"] = divergence.first_layer(state, batch, train=bool(step))
+            finite = np.isfinite(epoch.train[arm].loss[replicate])
+            batch = trainer.test if finite else trainer.train
+        one["layer"] = first_layer(state, batch, train=bool(step))
 
 
-def _pick(state: TrainState, replicate: int) -> TrainState:
-    return jax.tree.map(lambda leaf: leaf[replicate], state)
+def replay(
+    state: TrainState, trainer: Trainer, replicate: int, epoch: int, step: int
+) -> tuple[TrainState, Batch]:
+    """Goes through an epoch of a network again: the state before a step, and the step's batch.
+
+    Step by step, which is another program than the one that trained, and may round differently.
+    """
+    key = paired.derive(trainer.keys[replicate], "order", epoch)
+    order = np.asarray(training.draw_order(key, len(trainer.train.labels)))
+    size = trainer.batch_size
+    train_step: Any = training.train_step
+    if trainer.statistics == "local":
+        train_step = partial(_train_step, shares=trainer.placements[0].mesh.shape["data"])
+    batches = [training.take(trainer.train, order[k * size : (k + 1) * size]) for k in range(step)]
+    for batch in batches[:-1]:
+        state, _ = train_step(state, batch)
+    return state, batches[-1]
 
 
-def read(path: Path, arms: Sequence[str]) -> list[dict[str, Any]]:
-    """Those of a run of these arms.
+@partial(jax.jit, static_argnames="shares")
+def _train_step(state: TrainState, batch: Batch, *, shares: int) -> tuple[TrainState, Any]:
+    """A step on a batch whose shares were normalized on their own."""
+    step = partial(training.train_step, axis_name="data")
+    parts = jax.tree.map(lambda a: a.reshape(shares, -1, *a.shape[1:]), batch)
+    return jax.vmap(step, in_axes=(None, 0), out_axes=None, axis_name="data")(state, parts)
+
+
+def first_layer(state: TrainState, batch: Batch, *, train: bool) -> str | None:
+    """The first layer whose output is not finite where a batch goes through, as `forward` does it.
+
+    Returns:
+        The layer's path, such as `"Dense_3"`; "loss" if all layers are finite and the loss is not;
+        None if everything is.
+
+    Raises:
+        ValueError: if a layer is called inside `nn.scan`, `nn.remat` or the like.
+    """
+    lost: list[str] = []
+
+    def note(module: nn.Module, x: Any, y: Any) -> Any:
+        if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(y)):
+            lost.append("/".join(module.path) or "logits")
+        return y
+
+    with watch(note):
+        logits, _ = training.forward(state, batch.images, train=train)
+    if not jnp.isfinite(cross_entropy(logits, batch.labels).mean()):
+        lost.append(LOSS)
+    return lost[0] if lost else None
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Those of a run.
 
     Raises:
         CheckpointError: if they cannot be read.
     """
     file = path / FILE
-    found = rundir.parse(file, file.read_bytes()) if file.exists() else []
-    if not isinstance(found, list) or not all(_is_divergence(one, arms) for one in found):
-        raise CheckpointError(f"{file} is damaged: it is no list of divergences")
-    return found
+    return rundir.parse(file, file.read_bytes()) if file.exists() else []
 
 
-def _is_divergence(one: Any, arms: Sequence[str]) -> bool:
-    return (
-        isinstance(one, dict)
-        and all(type(one.get(name)) is int for name in ("replicate", "epoch"))
-        and type(one.get("step", "")) in (int, type(None))
-        and type(one.get("layer", 0)) in (str, type(None))
-        and one.get("arm") in arms
-    )
-
-
-def truncate(path: Path, arms: Sequence[str], epochs: int) -> list[dict[str, Any]]:
+def truncate(path: Path, epochs: int) -> list[dict[str, Any]]:
     """Drops those of epochs after the first `epochs`; returns the others."""
-    found = read(path, arms)
-    kept = [one for one in found if one["epoch"] <= epochs]
-    if kept != found:
-        write(path, kept)
+    kept = [one for one in read(path) if one["epoch"] <= epochs]
+    if (path / FILE).exists():
+        rundir.write_json(path / FILE, kept)
     return kept
-
-
-def write(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
-    """Keeps those of a run."""
-    rundir.write_json(path / FILE, found)
 
 
 def describe(one: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     """In words."""
     when = f"in step {one['step']} of" if one["step"] else "in the evaluation after"
     layer = one["layer"] and f"; not finite from {one['layer']} on"
-    if layer and one["layer"] == divergence.LOSS:
+    if one["layer"] == LOSS:
         layer = "; all layers were finite, the loss was not"
     arm, replicate, epoch = labels[one["arm"]], one["replicate"], one["epoch"]
     return f"{arm}, replicate {replicate} diverged {when} epoch {epoch}{layer or ''}"

@@ -98,7 +98,7 @@ def run(made: Plan, console: Console, raise_if_stopped: Callable[[], None] = lam
                 display.print_plain(console, f"NOTE: {divergences.describe(one, labels)}")
             known += found
             if found and processes.is_first():
-                divergences.write(path, known)
+                rundir.write_json(path / divergences.FILE, known)
             checkpoints.save(epoch.number, epoch.states)
             states = epoch.states
             raise_if_stopped()
@@ -125,7 +125,7 @@ def _restore(
     if processes.is_first():
         (path / "probes" / "end.npz").unlink(missing_ok=True)  # of fewer epochs
         metrics.write(path, [line for line in lines if line["epoch"] <= done])
-        known = divergences.truncate(path, arms, done)
+        known = divergences.truncate(path, done)
     known = processes.allgather_object(known)[0]
     if made.options.execution.resume:
         display.print_plain(console, f"going on after epoch {done}")

@@ -14,6 +14,7 @@ from bnjax import diagnostics, population
 from bnjax.paired import States, Trainer
 from bnjax.parallel import processes
 from bnjax.training import Batch, to_float
+from experiments.lab.grids import head
 
 # So many training examples are looked at; a fixed sample shows what changes between epochs.
 SAMPLE = 500
@@ -41,7 +42,7 @@ def after_epoch(trainer: Trainer, states: States, example: Batch) -> dict[str, n
         `histograms` `[R, D, BINS]` with `edges` `[R, D, BINS + 1]` of all values that enter the
         activations.
     """
-    sample = jax.tree.map(lambda a: a[:SAMPLE], trainer.train)
+    sample = head(trainer.train, SAMPLE)
     return {
         f"{name}/{what}": processes.gather(values)
         for name, arm in trainer.arms.items()
@@ -57,12 +58,11 @@ def _inspect(
         entering = diagnostics.preactivations(module, variables, sample).values()
         norms = diagnostics.gradient_norms(module, variables, sample)
         counts, edges = zip(*(jnp.histogram(values, BINS) for values in entering), strict=True)
+        percentiles = [jnp.percentile(values, jnp.array(PERCENTILES)) for values in entering]
         return {
             **diagnostics.features(module, variables, example),
             "gradient_norms": jnp.stack(list(norms.values())),
-            "percentiles": jnp.stack(
-                [jnp.percentile(values, jnp.array(PERCENTILES)) for values in entering]
-            ),
+            "percentiles": jnp.stack(percentiles),
             "histograms": jnp.stack(counts),
             "edges": jnp.stack(edges),
         }
@@ -73,46 +73,34 @@ def _inspect(
 def at_end(trainer: Trainer, states: States, replicate: int) -> dict[str, np.ndarray]:
     """What a replicate of each arm makes of the test set, and what it normalizes by.
 
-    Args:
-        trainer: of the arms, with training and test set.
-        states: of all arms.
-        replicate: which one.
-
     Returns:
         `labels` `[N]` and `{arm}/predictions` `[N]`; `only_{arm}` `[K]`, the places of the first
         test examples that this arm alone gets right, and `images_{arm}` `[K, ...]`; and for each
         layer with a running mean and variance `{arm}/running/{layer}/mean`,
         `{arm}/population/{layer}/mean` `[H]`, and `var`.
     """
-    modules = {name: arm.module for name, arm in trainer.arms.items()}
-    chosen = {
-        name: jax.tree.map(lambda a: a[replicate], processes.gather(states[name].variables))
-        for name in modules
-    }
-    test = trainer.test
-    predictions = {name: _predict(modules[name], chosen[name], test) for name in modules}
-    found: dict[str, np.ndarray] = {"labels": np.asarray(test.labels)}
-    for name, module in modules.items():
-        right = {other: guess == test.labels for other, guess in predictions.items()}
-        alone = right.pop(name) & ~np.any(list(right.values()), axis=0)
-        places = np.flatnonzero(alone)[:KEPT]
-        found[f"{name}/predictions"] = predictions[name]
+    test, found, right = trainer.test, {"labels": np.asarray(trainer.test.labels)}, {}
+    for name, arm in trainer.arms.items():
+        stacked = processes.gather(states[name].variables)
+        variables = jax.tree.map(lambda a: a[replicate], stacked)
+        found[f"{name}/predictions"] = predictions = _predict(arm.module, variables, test)
+        right[name] = predictions == test.labels
+        for what, values in _statistics(arm.module, variables, trainer.train.images).items():
+            found[f"{name}/{what}"] = values
+    for name in right:
+        others = [right[other] for other in right if other != name]
+        places = np.flatnonzero(right[name] & ~np.any(others, axis=0))[:KEPT]
         found[f"only_{name}"] = places
         found[f"images_{name}"] = np.asarray(test.images)[places]
-        for what, values in _statistics(module, chosen[name], trainer.train.images).items():
-            found[f"{name}/{what}"] = values
     return found
 
 
 def _predict(module: nn.Module, variables: Any, test: Batch) -> np.ndarray:
-    @jax.jit
-    def predict(images: jax.Array) -> jax.Array:
-        def one(image: jax.Array) -> jax.Array:
-            return module.apply(variables, to_float(image)[None], train=False)[0].argmax()
+    def predict(image: jax.Array) -> jax.Array:
+        return module.apply(variables, to_float(image)[None], train=False)[0].argmax()
 
-        return jax.lax.map(one, images, batch_size=1000)
-
-    return np.asarray(predict(test.images)).astype(np.uint16)
+    classes = jax.jit(partial(jax.lax.map, predict, batch_size=1000))(test.images)
+    return np.asarray(classes).astype(np.uint16)
 
 
 def _statistics(module: nn.Module, variables: Any, images: Any) -> Mapping[str, np.ndarray]:
@@ -121,11 +109,10 @@ def _statistics(module: nn.Module, variables: Any, images: Any) -> Mapping[str, 
         return {}
     batches = np.array_split(images, max(1, len(images) // CHUNK))
     estimated = population.estimate(module, variables, batches)
-    kinds = {"running": variables, "population": estimated}
-    stats = {kind: flatten_dict(one["batch_stats"]) for kind, one in kinds.items()}
-    return {
-        f"{kind}/{'/'.join(path)}/{name}": np.asarray(of_kind[*path, name])
-        for kind, of_kind in stats.items()
-        for path in paths
-        for name in ("mean", "var")
-    }
+    found = {}
+    for kind, of_kind in (("running", variables), ("population", estimated)):
+        stats = flatten_dict(of_kind["batch_stats"])
+        for path in paths:
+            for name in ("mean", "var"):
+                found[f"{kind}/{'/'.join(path)}/{name}"] = np.asarray(stats[*path, name])
+    return found

@@ -74,7 +74,7 @@ def redraw(path: Path, *, ended: bool = False) -> dict[str, Any]:
             f"{path} has not ended: go on with python -m experiments.mnist_bn --resume {path}, "
             f"which draws its report after {experiment.epochs} epochs"
         )
-    marks = divergences.read(path, run.arms)
+    marks = divergences.read(path)
     summary = {**metrics.summarize(run.metrics, run.reference), "divergences": marks}
     parts = Parts(run)
     styles = figures.arm_styles(run.labels)
