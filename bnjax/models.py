@@ -167,7 +167,7 @@ def fold_batch_norm(model: MLP, variables: Mapping[str, Any]) -> tuple[MLP, dict
     params, stats = variables["params"], variables.get("batch_stats", {})
     folded = {name: dense for name, dense in params.items() if name.startswith("Dense_")}
     for k in range(len(model.hidden_sizes)):
-        name = f"{type(norm).__name__}_{k}"
+        name = norm.name or f"{type(norm).__name__}_{k}"
         dense, affine = folded[f"Dense_{k}"], params.get(name, {})
         kernel, bias = fold(
             dense["kernel"],
