@@ -122,7 +122,7 @@ def write(path: Path, compared: Runs) -> None:
     from experiments.report import figures  # matplotlib may fail, the numbers are there
     from experiments.report.page import is_replaced, render, svg_uri
 
-    drawn = {name: (run.metrics, figures.shorten_all(run.labels)) for name, run in compared.items()}
+    drawn = {name: (run.metrics, run.labels) for name, run in compared.items()}
     picture = figures.to_svg(figures.overlay(drawn))
     rundir.write_bytes(path / "compare.svg", picture)
     titles = {arm: title for run in compared.values() for arm, title in run.titles.items()}

@@ -26,8 +26,8 @@ def show(experiment: Experiment, lines, bar: bool = False, terminal: bool = Fals
     titles = named(experiment.arms, "title")
 
     def print_to(to: Console) -> None:
-        with progress.EpochLines(to, titles, experiment, 0, bar, 1000) as epoch_lines:
-            epoch_lines.add(lines)
+        with progress.epoch_lines(to, titles, experiment, 0, bar, 1000) as show_lines:
+            show_lines(lines)
 
     return render(print_to, terminal=terminal)
 

@@ -16,6 +16,7 @@ from experiments.report import figures
 TWO = ("bn", "no_bn")
 THREE = (*TWO, "layer_norm")
 LABELS = named(THREE, "label")
+STYLES = figures.arm_styles(LABELS)
 
 
 DICHROMATS = {
@@ -26,7 +27,7 @@ DICHROMATS = {
 
 
 def draw(by_arm):
-    return figures.curves(by_arm, {arm: LABELS[arm] for arm in by_arm})
+    return figures.curves(by_arm, {arm: STYLES[arm] for arm in by_arm})
 
 
 @pytest.mark.parametrize(("epochs", "replicates"), [(1, 1), (4, 1), (4, 3), (20, 2)])
@@ -133,7 +134,7 @@ def test_features_are_squares(sizes, sides):
         for number, size in enumerate(sizes, start=1)
     }
     image = rng.integers(0, 256, (28, 28), np.uint8)
-    figure = figures.features(image, 6, probes, LABELS)
+    figure = figures.features(image, 6, probes, STYLES)
     columns = len(sizes) + 1
     assert len(figure.axes) == 3 * columns
     for row, arm in enumerate(THREE):
@@ -153,7 +154,7 @@ def test_features_are_squares(sizes, sides):
 def test_channels_are_tiles():
     values = np.arange(24.0).reshape(2, 3, 4)
     probes = {"bn/features_1": values[None, None]}
-    figure = figures.features(np.zeros((28, 28)), 6, probes, {"bn": "with BN"})
+    figure = figures.features(np.zeros((28, 28)), 6, probes, {"bn": STYLES["bn"]})
     drawn = np.asarray(figure.axes[1].images[0].get_array())
     expected = [[values[..., 0], values[..., 1]], [values[..., 2], values[..., 3]]]
     np.testing.assert_array_equal(drawn, np.block(expected))

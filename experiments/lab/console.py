@@ -2,14 +2,16 @@
 
 import warnings
 import webbrowser
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from rich import table
 from rich.box import SIMPLE
 from rich.console import Console, Group
+from rich.table import Table
+
+from experiments.lab.metrics import METRICS
 
 ONE_REPLICATE = "One replicate: no interval can be given; --replicates 8 would give one."
 SHOWN = {"train_cost": "train cost", "test_loss": "test loss", "test_accuracy": "test acc."}
@@ -41,90 +43,53 @@ def show_warnings(console: Console, category: type[Warning]) -> Iterator[None]:
 def closing_table(summary: Mapping[str, Any], titles: Mapping[str, str]) -> Group:
     """The final metrics of all arms and how they differ, from `summary.json`.
 
-    More than two arms are told by their names, and differ in test accuracy: 80 columns hold that.
+    One or two arms are columns. More are rows, told by their names, and differ in test accuracy:
+    80 columns hold that.
     """
-    found = tables(summary, titles)
-    if len(titles) > 2:
-        names = {arm: arm for arm in titles}
-        final, (_, headings, rows) = tables(summary, names, SHOWN)
-        title = f"Difference from {summary['reference']} in points of test accuracy"
-        rows = [
-            (arm, told.removesuffix(" points"), *sure)
-            for arm, name, told, *sure in rows
-            if name == SHOWN["test_accuracy"]
-        ]
-        found = [final, Table(title, ["arm", *headings[2:]], rows)]
-    drawn = []
-    for title, headings, rows in found:
-        shown = table.Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
-        for heading in headings:
-            shown.add_column(heading, justify="right" if shown.columns else "left")
-        for row in rows:
-            shown.add_row(*row)
-        drawn.append(shown)
-    return Group(*drawn, *([ONE_REPLICATE] if summary["replicates"] == 1 else []))
-
-
-class Table(NamedTuple):
-    """A table of text; the first column says what a row is of."""
-
-    title: str
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-def tables(
-    summary: Mapping[str, Any],
-    titles: Mapping[str, str],
-    shown: Mapping[str, str] | None = None,
-    *,
-    wide: bool = False,
-) -> list[Table]:
-    """The final metrics of all arms, and each arm minus the reference.
-
-    Args:
-        summary: of a run.
-        titles: `{arm: title}`. One or two arms are columns, more are rows.
-        shown: `{metric: name}`, by default all of them.
-        wide: join both tables of two arms, as is always done for one replicate.
-    """
-    replicates = summary["replicates"]
-    metrics = summary["arms"][summary["reference"]]
-    shown = shown or {metric: metric.replace("_", " ") for metric in metrics}
+    few, replicates = len(titles) < 3, summary["replicates"]
+    shown = {name: name.replace("_", " ") for name in METRICS} if few else SHOWN
+    finals = [
+        [format_final(metric, of_arm[metric], replicates) for metric in shown]
+        for of_arm in summary["arms"].values()
+    ]
+    differences = [
+        [format_summary(metric, of_arm[metric], True), *format_certainty(metric, of_arm[metric])]
+        for of_arm in summary["differences"].values()
+        for metric in (shown if few else ["test_accuracy"])
+    ]
+    headings = ["difference", "95 % interval", "wins", "p (sign test)"]
+    if replicates == 1:
+        headings, differences = headings[:1], [told[:1] for told in differences]
     title = f"After {summary['epochs']} epoch{'s' * (summary['epochs'] > 1)}"
     title += f", {replicates} replicates" * (replicates > 1)
-    headings = ["difference", "95 % interval", "wins", "p (sign test)"]
-    headings = headings if replicates > 1 else headings[:1]
-    finals = [
-        [format_final(metric, summary["arms"][arm][metric], replicates) for metric in shown]
-        for arm in titles
-    ]
-    minus = [
-        (
-            titles[arm],
-            name,
-            format_summary(metric, of_arm[metric], difference=True),
-            *format_certainty(metric, of_arm[metric]),
-        )[: 2 + len(headings)]
-        for arm, of_arm in summary["differences"].items()
-        for metric, name in shown.items()
-    ]
-    if len(titles) > 2:
-        rows = [[title, *row] for title, row in zip(titles.values(), finals, strict=True)]
-        against = f"Difference from the reference: {titles[summary['reference']]}"
-        return [
-            Table(title, ["arm", *shown.values()], rows),
-            Table(against, ["arm", "metric", *headings], minus),
+    if not few:
+        against = f"Difference from {summary['reference']} in points of test accuracy"
+        points = [[told[0].removesuffix(" points"), *told[1:]] for told in differences]
+        tables = [
+            _table(title, ["arm", *shown.values()], titles, finals),
+            _table(against, ["arm", *headings], summary["differences"], points),
         ]
-    final = Table(
-        title, ["metric", *titles.values()], list(zip(shown.values(), *finals, strict=True))
-    )
-    if not minus:
-        return [final]
-    if wide or replicates == 1:
-        joined = [(*row, *more[2:]) for row, more in zip(final.rows, minus, strict=True)]
-        return [Table(title, [*final.headings, *headings], joined)]
-    return [final, Table("Difference", ["metric", *headings], [row[1:] for row in minus])]
+    elif differences and replicates == 1:
+        rows = zip(*finals, *zip(*differences, strict=True), strict=True)
+        tables = [_table(title, ["metric", *titles.values(), *headings], shown.values(), rows)]
+    else:
+        rows = zip(*finals, strict=True)
+        tables = [_table(title, ["metric", *titles.values()], shown.values(), rows)]
+        if differences:
+            more = _table("Difference", ["metric", *headings], shown.values(), differences)
+            tables.append(more)
+    return Group(*tables, *[ONE_REPLICATE] * (replicates == 1))
+
+
+def _table(
+    title: str, headings: Sequence[str], names: Iterable[str], rows: Iterable[Sequence[str]]
+) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="right" if table.columns else "left")
+    for name, row in zip(names, rows, strict=True):
+        table.add_row(name, *row)
+    return table
 
 
 def format_final(metric: str, summary: Mapping[str, Any], replicates: int) -> str:
@@ -137,30 +102,24 @@ def format_summary(metric: str, summary: Mapping[str, Any], difference: bool = F
     """`mean ± sd` of a metric or of its difference; accuracies in percent and in points."""
     if summary["mean"] is None:
         return "not finite"
-    scale, digits, unit = _unit(metric, difference)
-    text = format_number(scale * summary["mean"], digits, "+" if difference else "")
+    text = format_number(metric, summary["mean"], "+" if difference else "")
     if summary["sd"] is not None:
-        text += f" ± {format_number(scale * summary['sd'], digits)}"
-    return text + unit
+        text += f" ± {format_number(metric, summary['sd'])}"
+    unit = " points" if difference else " %"
+    return text + unit * metric.endswith("accuracy")
 
 
 def format_certainty(metric: str, difference: Mapping[str, Any]) -> tuple[str, str, str]:
     """The interval, how many replicates the first arm wins, and the sign test, of a difference."""
-    scale, digits, _ = _unit(metric, difference=True)
     interval, p = "-", "-"
     if difference["interval"] is not None:
-        low, high = (format_number(scale * x, digits, "+") for x in difference["interval"])
-        interval = f"{low} to {high}"
+        interval = " to ".join(format_number(metric, x, "+") for x in difference["interval"])
     if difference["p"] is not None and difference["n"] > 1:
         p = f"{difference['p']:.2g}"
     return interval, f"{difference['wins']} of {difference['n']}", p
 
 
-def format_number(value: float, digits: int, sign: str = "") -> str:
+def format_number(metric: str, value: float, sign: str = "") -> str:
+    """A value of a metric, without its unit; accuracies in percent."""
+    value, digits = (100 * value, 2) if metric.endswith("accuracy") else (value, 4)
     return f"{value:{sign}.{digits}f}" if abs(value) < 1000 else f"{value:{sign}.3g}"
-
-
-def _unit(metric: str, difference: bool) -> tuple[int, int, str]:
-    if metric.endswith("accuracy"):
-        return 100, 2, " points" if difference else " %"
-    return 1, 4, ""

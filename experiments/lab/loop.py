@@ -21,7 +21,7 @@ from experiments.lab.arms import ArmSpec
 from experiments.lab.options import Execution, Options
 from experiments.lab.plan import Plan
 from experiments.lab.presets import Experiment
-from experiments.lab.progress import EpochLines
+from experiments.lab.progress import epoch_lines
 from experiments.lab.run import Run
 
 
@@ -72,7 +72,7 @@ def run(made: Plan, console: Console, raise_if_stopped: Callable[[], None] = lam
     titles = {arm: shown["title"] for arm, shown in made.config["arms"].items()}
     count, bar = len(trainer.train.labels), execution.progress
     epochs = trainer.epochs(states, range(done + 1, experiment.epochs + 1))
-    with EpochLines(console, titles, experiment, done, bar, count) as shown:
+    with epoch_lines(console, titles, experiment, done, bar, count) as show:
         for epoch in epochs:
             steps, on_train, on_test = processes.gather((epoch.steps, epoch.train, epoch.test))
             epoch = epoch._replace(steps=steps, train=on_train, test=on_test)
@@ -84,7 +84,7 @@ def run(made: Plan, console: Console, raise_if_stopped: Callable[[], None] = lam
                 seen = probes.after_epoch(trainer, epoch.states, example)
                 if processes.is_first():
                     rundir.write_arrays(path / "probes" / f"epoch-{epoch.number:03}.npz", seen)
-            shown.add(lines)
+            show(lines)
 
             found = divergences.find(epoch, known)
             what = "the first layer that was not finite could not be found"

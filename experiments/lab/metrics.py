@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,17 @@ Curves = dict[str, dict[str, np.ndarray]]  # {arm: {metric: [epochs, R] float64}
 
 def lines_of(epoch: Epoch, arms: Sequence[str]) -> list[dict[str, Any]]:
     """The lines of an epoch, by replicate, then arm, given what NumPy can read."""
-    values = {arm: _divide(epoch, arm) for arm in arms}
+    divide = partial(np.divide, dtype=np.float64)
+    values = {}
+    for arm in arms:
+        steps, train, test = epoch.steps[arm], epoch.train[arm], epoch.test[arm]
+        values[arm] = {
+            "train_cost": divide(steps.loss, steps.examples).mean(axis=1),
+            "train_loss": divide(train.loss, train.examples),
+            "train_accuracy": divide(train.correct, train.examples),
+            "test_loss": divide(test.loss, test.examples),
+            "test_accuracy": divide(test.correct, test.examples),
+        }
     return [
         {
             "epoch": epoch.number,
@@ -37,19 +48,6 @@ def lines_of(epoch: Epoch, arms: Sequence[str]) -> list[dict[str, Any]]:
         for replicate in range(len(values[arms[0]]["train_cost"]))
         for arm in arms
     ]
-
-
-def _divide(epoch: Epoch, arm: str) -> dict[str, np.ndarray]:
-    steps, train, test = epoch.steps[arm], epoch.train[arm], epoch.test[arm]
-    sums = {
-        "train_cost": (steps.loss, steps.examples),
-        "train_loss": (train.loss, train.examples),
-        "train_accuracy": (train.correct, train.examples),
-        "test_loss": (test.loss, test.examples),
-        "test_accuracy": (test.correct, test.examples),
-    }
-    means = {name: np.divide(*pair, dtype=np.float64) for name, pair in sums.items()}
-    return {**means, "train_cost": means["train_cost"].mean(axis=1)}
 
 
 def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -70,26 +68,20 @@ def read(path: Path, arms: Sequence[str], replicates: int) -> list[dict[str, Any
     file = path / "metrics.jsonl"
     content = file.read_bytes() if file.exists() else b""
     lines = [rundir.parse(file, line) for line in content.split(b"\n")[:-1]]
-    places = ((e, k, arm) for e in itertools.count(1) for k in range(replicates) for arm in arms)
-    for number, (line, place) in enumerate(zip(lines, places, strict=False), 1):
-        if not _is_line(line, place):
+    places = itertools.product(range(1, len(lines) + 1), range(replicates), arms)
+    for number, (line, (epoch, replicate, arm)) in enumerate(zip(lines, places, strict=False), 1):
+        place = {"epoch": epoch, "replicate": replicate, "arm": arm}
+        if not (isinstance(line, dict) and line.items() >= place.items() and _has_numbers(line)):
             raise CheckpointError(
-                f"{file} is damaged: line {number} does not hold the metrics of epoch {place[0]}, "
-                f"replicate {place[1]}, arm {place[2]}"
+                f"{file} is damaged: line {number} does not hold the metrics of epoch {epoch}, "
+                f"replicate {replicate}, arm {arm}"
             )
     return lines
 
 
-def _is_line(line: Any, place: tuple[int, int, str]) -> bool:
-    if not isinstance(line, dict):
-        return False
-    found = [line.get(name) for name in ("epoch", "replicate", "arm")]
-    numbers = [line.get(name, "") for name in (*METRICS, "seconds")]
-    return (
-        found == list(place)
-        and list(map(type, found)) == [int, int, str]
-        and all(number is None or type(number) is float for number in numbers)
-    )
+def _has_numbers(line: Mapping[str, Any]) -> bool:
+    found = [line.get(name, "") for name in (*METRICS, "seconds")]
+    return all(number is None or type(number) is float for number in found)
 
 
 def write(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -123,18 +115,15 @@ def curves(lines: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> Curves:
 
 
 def finite_to_the_end(by_arm: Curves) -> int | None:
-    """The first replicate that diverged in no network, to be looked into; None if all did."""
-    finite = np.all([np.isfinite(of_arm["train_cost"][-1]) for of_arm in by_arm.values()], axis=0)
-    return int(finite.argmax()) if finite.any() else None
+    """The replicate to look into, the first that most networks survived; None if none did any."""
+    finite = np.array([np.isfinite(of_arm["train_cost"][-1]) for of_arm in by_arm.values()])
+    return int(finite.sum(axis=0).argmax()) if finite.any() else None
 
 
 def summarize(by_arm: Curves, reference: str) -> dict[str, Any]:
     """The content of `summary.json`: final metrics of each arm, and arm minus reference."""
     epochs, replicates = by_arm[reference]["train_cost"].shape
-    final = {
-        arm: {metric: values[-1] for metric, values in of_arm.items()}
-        for arm, of_arm in by_arm.items()
-    }
+    final = {arm: {m: values[-1] for m, values in of.items()} for arm, of in by_arm.items()}
     return {
         "epochs": epochs,
         "replicates": replicates,

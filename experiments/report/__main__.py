@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -14,24 +13,22 @@ from experiments import report
 from experiments.lab import exits, rundir
 from experiments.lab.console import print_plain, show_warnings
 
-
-@dataclass(frozen=True)
-class Settings:
-    """What is drawn."""
-
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Directory of a run that has ended."""
+Directory = Annotated[
+    Path,
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="RUN", help="Directory of a run that has ended."),
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     prog = "python -m experiments.report"
-    settings = tyro.cli(Settings, args=arguments, prog=prog, description=__doc__)
+    run = tyro.cli(Directory, args=arguments, prog=prog, description=__doc__)
     console = Console()
 
     def command(check: Callable[[], None]) -> int:
         with exits.user_errors():
-            path = rundir.expand(settings.run)
+            path = rundir.expand(run)
             try:
                 with show_warnings(console, rundir.ReportWarning):
                     report.redraw(path)
@@ -43,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_plain(console, f"report: {path / 'report.html'}")
         return 0
 
-    return exits.run(command, list)
+    return exits.run(command)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps, rc_context, rcParamsDefault
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
@@ -17,9 +18,19 @@ from bnjax.statistics import summarize
 Probes = Mapping[str, np.ndarray]
 Curves = Mapping[str, Mapping[str, np.ndarray]]
 Style = Mapping[str, Any]
+Styles = Mapping[str, Style]
 
 # Decorates what makes pictures: they are the same under any matplotlibrc and in any notebook.
-OURS: dict[Any, Any] = {**rcParamsDefault, "svg.fonttype": "none", "svg.hashsalt": "bnjax"}
+OURS: dict[Any, Any] = {
+    **rcParamsDefault,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.5,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "bnjax",
+}
 our_style = rc_context({name: value for name, value in OURS.items() if name != "backend"})
 
 # Eight colours, of different lightness, that the colour-blind tell apart; with one marker more, a
@@ -43,43 +54,38 @@ def panels(
     row = list(figure.subplots(1, len(titles), squeeze=False)[0])
     for axes, title in zip(row, titles, strict=True):
         axes.set_title(title, loc="left", fontweight="bold")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        count_by_ones(axes.xaxis)
     return figure, row
 
 
+def count_by_ones(axis: Axis) -> None:
+    """Lets an axis bear integers alone."""
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
 def arm_styles(labels: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """How each arm is drawn, by its place: told apart without colour, and by the colour-blind.
-
-    Args:
-        labels: `{arm: label}`.
-
-    Returns:
-        `{arm: style}` with `color`, `linestyle`, `marker` and `label`.
-    """
+    """`{arm: style}` of `{arm: label}`: told apart without colour, and by the colour-blind."""
     return {
         arm: {
             "color": COLORS[place % len(COLORS)],
             "linestyle": DASHES[place % len(DASHES)],
             "marker": MARKERS[place % len(MARKERS)],
-            "label": label,
+            "label": _shorten(label),
         }
         for place, (arm, label) in enumerate(labels.items())
     }
 
 
 @our_style
-def curves(by_arm: Curves, labels: Mapping[str, str]) -> Figure:
+def curves(by_arm: Curves, styles: Styles) -> Figure:
     """Training cost, test loss and test accuracy of all arms over the epochs.
 
     Args:
         by_arm: `{arm: {metric: [epochs, replicates]}}`. Several replicates are drawn as their
             mean within its 95 % confidence interval.
-        labels: `{arm: label}` of those that are drawn.
+        styles: of `arm_styles`, here and below; its arms are drawn.
     """
-    figure = _draw_curves([(by_arm[arm], style) for arm, style in arm_styles(labels).items()])
-    add_legend(figure)
-    return figure
+    return _draw_curves([(by_arm[arm], style) for arm, style in styles.items()])
 
 
 @our_style
@@ -87,21 +93,15 @@ def overlay(runs: Mapping[str, tuple[Curves, Mapping[str, str]]]) -> Figure:
     """The same curves of several runs: a colour for each run, dash and marker for each arm.
 
     Args:
-        runs: `{name: (metrics, labels)}`, each as `curves` takes them.
+        runs: `{name: (metrics, labels)}`, as `curves` and `arm_styles` take them.
     """
     styles = arm_styles({arm: "" for _, labels in runs.values() for arm in labels})
-    figure = _draw_curves(
-        [
-            (
-                by_arm[arm],
-                {**styles[arm], "color": f"C{k % 10}", "label": f"{_shorten(name)}, {label}"},
-            )
-            for k, (name, (by_arm, labels)) in enumerate(runs.items())
-            for arm, label in labels.items()
-        ]
-    )
-    add_legend(figure, columns=2)
-    return figure
+    lines = []
+    for k, (name, (by_arm, labels)) in enumerate(runs.items()):
+        for arm, label in labels.items():
+            told = f"{_shorten(name)}, {_shorten(label)}"
+            lines.append((by_arm[arm], {**styles[arm], "color": f"C{k % 10}", "label": told}))
+    return _draw_curves(lines, columns=2)
 
 
 def add_legend(figure: Figure, columns: int = 4) -> None:
@@ -110,24 +110,22 @@ def add_legend(figure: Figure, columns: int = 4) -> None:
     if len(labels) > 2:
         figure.set_figheight(figure.get_figheight() + 0.25 * math.ceil(len(labels) / columns))
         below: dict[str, Any] = {"loc": "outside lower center", "ncols": columns}
-        figure.legend(handles, labels, frameon=False, handlelength=3.5, **below)
+        figure.legend(handles, labels, handlelength=3.5, **below)
         return
     for axes in figure.axes:
-        axes.legend(frameon=False)
-
-
-def shorten_all(labels: Mapping[str, str]) -> dict[str, str]:
-    """Labels as pictures can hold them."""
-    return {arm: _shorten(label) for arm, label in labels.items()}
+        axes.legend()
 
 
 def _shorten(name: str, most: int = 40) -> str:
+    """A name as pictures can hold it."""
     shown = name.encode(errors="replace").decode()
     shown = shown if len(shown) <= most else f"…{shown[1 - most :]}"
     return shown.replace("$", r"\$")  # which would begin a formula
 
 
-def _draw_curves(lines: Sequence[tuple[Mapping[str, np.ndarray], Style]]) -> Figure:
+def _draw_curves(
+    lines: Sequence[tuple[Mapping[str, np.ndarray], Style]], columns: int = 4
+) -> Figure:
     figure, row = panels([title for _, title, _ in PANELS], width=4, height=4)
     for axes, (metric, _, unit) in zip(row, PANELS, strict=True):
         scale = 100 if metric.endswith("accuracy") else 1
@@ -139,9 +137,9 @@ def _draw_curves(lines: Sequence[tuple[Mapping[str, np.ndarray], Style]]) -> Fig
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(unit)
-        axes.grid(alpha=0.25, which="both", linewidth=0.5)
+        axes.set(xlabel="epoch", ylabel=unit)
+        axes.grid(which="both")
+    add_legend(figure, columns)
     return figure
 
 
@@ -150,14 +148,13 @@ def draw_band(axes: Axes, style: Style, x: ArrayLike, values: ArrayLike, **chang
 
     Args:
         axes: where to draw.
-        style: of `arm_styles`.
+        style: of `arm_styles`; `changes` are what differs from it.
         x: `[N]`.
         values: `[R, N]`.
-        changes: what differs from the style.
     """
     columns = np.asarray(values, np.float64).T
     summaries = [summarize(column) for column in columns]
-    means = [np.nan if summary.mean is None else summary.mean for summary in summaries]
+    means = np.array([summary.mean for summary in summaries], np.float64)
     shown = {"markersize": 4, "linewidth": 1.6, **style, **changes}
     axes.plot(x, means, **shown)
     if columns.shape[1] > 1:
@@ -171,7 +168,7 @@ def draw_band(axes: Axes, style: Style, x: ArrayLike, values: ArrayLike, **chang
 
 @our_style
 def features(
-    image: np.ndarray, label: int, probes: Probes, labels: Mapping[str, str], replicate: int = 0
+    image: np.ndarray, label: int, probes: Probes, styles: Styles, replicate: int = 0
 ) -> Figure:
     """What leaves each hidden layer for one test example, a row for each arm.
 
@@ -179,18 +176,19 @@ def features(
         image: `[28, 28]` the example.
         label: its class.
         probes: `{arm/features_k: [R, 1, H]}`, or `[R, 1, H, W, C]`.
-        labels: `{arm: label}` of those that are drawn.
+        styles: as in `curves`.
         replicate: which one is drawn, its units or channels as a square.
     """
-    by_arm = {arm: features_of(probes, arm, replicate) for arm in labels}
+    by_arm = {arm: features_of(probes, arm, replicate) for arm in styles}
     columns = 1 + max(map(len, by_arm.values()))
-    size = max(5.0, 1.25 * columns), 0.4 + 1.6 * len(labels)
+    size = max(5.0, 1.25 * columns), 0.4 + 1.6 * len(by_arm)
     figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(labels), columns, squeeze=False)
+    grid = figure.subplots(len(by_arm), columns, squeeze=False)
     for row, (arm, layers) in zip(grid, by_arm.items(), strict=True):
+        name = styles[arm]["label"]
         row[0].imshow(image, cmap="gray")
         row[0].set_title("input", fontsize=9)
-        row[0].set_ylabel(labels[arm], fontsize=min(11, 140 / len(labels[arm])), fontweight="bold")
+        row[0].set_ylabel(name, fontsize=min(11, 140 / len(name)), fontweight="bold")
         for axes in row[1 + len(layers) :]:
             axes.set_visible(False)
         for number, (axes, values) in enumerate(zip(row[1:], layers, strict=False), start=1):
@@ -199,8 +197,8 @@ def features(
             zeros = np.count_nonzero(values == 0)
             axes.set_xlabel(f"max {values.max():.3g}\n{zeros} of {values.size} zero", fontsize=7)
     for axes in grid.flat:
-        axes.set_xticks([])
-        axes.set_yticks([])
+        axes.spines[:].set_visible(True)
+        axes.set(xticks=[], yticks=[])
     figure.suptitle(f"A test example of class {label}, each layer on its own scale", fontsize=10)
     return figure
 
@@ -213,12 +211,11 @@ def features_of(probes: Probes, arm: str, replicate: int) -> list[np.ndarray]:
 
 def _as_square(values: np.ndarray) -> np.ndarray:
     """Channels, or units of one pixel each, beside and below each other."""
-    height, width, channels = values.shape if values.ndim == 3 else (1, 1, len(values))
-    side = math.isqrt(channels - 1) + 1
-    padded = np.full((side * side, height, width), np.nan)
-    padded[:channels] = values.reshape(height, width, channels).transpose(2, 0, 1)
-    tiles = padded.reshape(side, side, height, width).transpose(0, 2, 1, 3)
-    return tiles.reshape(side * height, side * width)
+    tiles = np.moveaxis(values, -1, 0) if values.ndim == 3 else values[:, None, None]
+    side = math.isqrt(len(tiles) - 1) + 1
+    missing = side * side - len(tiles)
+    tiles = np.pad(tiles, ((0, missing), (0, 0), (0, 0)), constant_values=np.nan)
+    return np.block([list(tiles[k * side :][:side]) for k in range(side)])
 
 
 @our_style
@@ -229,32 +226,29 @@ def train_eval_mode(numbers: Mapping[str, Any]) -> Figure:
         numbers: as its `lesson` returns them.
     """
     dropout, alone, groups = numbers["dropout"], numbers["alone"], numbers["groups"]
-    training, evaluating = "#7b3f98", "#1b7f5c"
     torn = f"Dropout: one {dropout['torn_label']} in many calls"
     titles = [torn, "Each test image fed twice", "Judged by their company"]
     figure, (calls, twice, company) = panels(titles, width=4, height=4)
+    training: Style = {"color": "#7b3f98", "label": "training mode"}
+    evaluation: Style = {"color": "#1b7f5c", "label": "evaluation mode"}
     settled = np.eye(10)[dropout["torn_evaluation"]] * sum(dropout["torn_votes"])
-    hollow: dict[str, Any] = {"width": 0.9, "fill": False, "edgecolor": evaluating}
-    for axes, counts, evaluation in (
+    for axes, counts, evaluated in (
         (calls, dropout["torn_votes"], settled),
         (twice, alone["twice"], alone["evaluation"]),
     ):
-        axes.bar(range(10), counts, width=0.5, color=training, label="training mode")
-        axes.bar(range(10), evaluation, label="evaluation mode", **hollow)
-        axes.set_xticks(range(10))
-        axes.set_xlabel("predicted class")
-        axes.set_ylabel("predictions")
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    sizes = [str(size) for size in groups["training"]]
-    accuracies = [100 * group["accuracy"] for group in groups["training"].values()]
-    labels, values = ["1, twice", *sizes], [100 * alone["accuracy"], *accuracies]
-    company.plot(labels, values, "s--", color=training, label="training mode")
-    shown = np.full(len(labels), 100 * groups["evaluation"]["accuracy"])
-    company.plot(labels, shown, "o-", color=evaluating, label="evaluation mode")
-    company.set_ylim(0, 105)
-    company.set_xlabel("test images in a batch")
-    company.set_ylabel("test accuracy in percent")
-    figure.legend(*calls.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        axes.bar(range(10), counts, width=0.5, **training)
+        axes.bar(
+            range(10), evaluated, width=0.9, fill=False, edgecolor=evaluation["color"], **evaluation
+        )
+        axes.set(xticks=range(10), xlabel="predicted class", ylabel="predictions")
+        count_by_ones(axes.yaxis)
+    sizes = ["1, twice", *map(str, groups["training"])]
+    accuracies = [alone["accuracy"], *(one["accuracy"] for one in groups["training"].values())]
+    company.plot(sizes, np.multiply(100, accuracies), "s--", **training)
+    company.plot(sizes, [100 * groups["evaluation"]["accuracy"]] * len(sizes), "o-", **evaluation)
+    company.set(ylim=(0, 105), xlabel="test images in a batch", ylabel="test accuracy in percent")
+    below = calls.get_legend_handles_labels()
+    figure.legend(*below, loc="outside lower center", ncols=2, frameon=True)
     return figure
 
 

@@ -33,10 +33,10 @@ def maps(rows: Sequence[tuple[SweepCell, CellResult]], labels: Mapping[str, str]
     size = (max(4.5, width * len(activations)), height * len(labels))
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(labels), len(activations), squeeze=False)
-    panels = [(arm, activation) for arm in labels for activation in activations]
-    for axes, (arm, activation) in zip(grid.flat, panels, strict=True):
+    colors = colormaps["RdBu"].with_extremes(bad="#bbbbbb")
+    for (i, k), axes in np.ndenumerate(grid):
+        arm, activation = list(labels)[i], activations[k]
         table = [[points[arm, activation, size, rate] for rate in rates] for size in sizes]
-        colors = colormaps["RdBu"].with_extremes(bad="#bbbbbb")
         image = axes.imshow(table, cmap=colors, vmin=-most, vmax=most, aspect="auto")
         for (y, x), value in np.ndenumerate(table):
             told = results[activation, sizes[y], rates[x]].told[arm].replace(" ", "\n")
@@ -47,8 +47,7 @@ def maps(rows: Sequence[tuple[SweepCell, CellResult]], labels: Mapping[str, str]
         axes.set_title(title, loc="left", fontweight="bold")
         axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
         axes.set_yticks(range(len(sizes)), sizes)
-        axes.set_xlabel("learning rate")
-    for axes in grid[:, 0]:
-        axes.set_ylabel("batch size")
+        axes.set(xlabel="learning rate", ylabel="" if k else "batch size")
+        axes.spines[:].set_visible(True)
     figure.colorbar(image, ax=list(grid.flat), label="points of test accuracy")
     return figure

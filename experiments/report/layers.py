@@ -6,16 +6,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from experiments.report.figures import (
-    Probes,
-    add_legend,
-    arm_styles,
-    draw_band,
-    our_style,
-    panels,
-)
+from experiments.report import figures
+from experiments.report.figures import Probes, Styles, our_style
 
 # Of a deep network so many layers are drawn, the first and the last among them.
 COLUMNS = 5
@@ -32,49 +25,39 @@ def choose_layers(layers: int) -> list[int]:
 
 
 @our_style
-def percentiles(epochs: Sequence[Probes], labels: Mapping[str, str], replicate: int = 0) -> Figure:
+def percentiles(epochs: Sequence[Probes], styles: Styles, replicate: int = 0) -> Figure:
     """How the values that enter the activations spread, over the epochs, in each layer.
 
     Args:
         epochs: probes of each epoch.
-        labels: `{arm: label}`, a row each.
+        styles: of `figures.arm_styles`, here and below; its arms are drawn, in a row each.
         replicate: which one is drawn.
     """
     by_arm = {
         arm: np.stack([probes[f"{arm}/percentiles"][replicate] for probes in epochs])
-        for arm in labels
+        for arm in styles
     }  # [epochs, D, P]
-    depths = [values.shape[1] for values in by_arm.values()]
-    figure, rows = _panels(depths, below="epoch", sharey="col")
+    figure, rows = _panels([len(values[0]) for values in by_arm.values()], "epoch", sharey="col")
     numbers = np.arange(1, len(epochs) + 1)
-    for row, (arm, style) in zip(rows, arm_styles(labels).items(), strict=True):
-        color, marker = style["color"], style["marker"]
+    for row, (arm, style) in zip(rows, styles.items(), strict=True):
+        color = style["color"]
         for layer, axes in row.items():
             low, lower, middle, upper, high = by_arm[arm][:, layer].T
             axes.fill_between(numbers, low, high, color=color, alpha=0.15, linewidth=0)
             axes.fill_between(numbers, lower, upper, color=color, alpha=0.3, linewidth=0)
-            axes.plot(numbers, middle, color=color, marker=marker, markersize=3)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-            axes.grid(alpha=0.25, linewidth=0.5)
-        _name_row(row, f"{labels[arm]}\nvalue")
+            axes.plot(numbers, middle, color=color, marker=style["marker"], markersize=3)
+            figures.count_by_ones(axes.xaxis)
+            axes.grid()
+        _name_row(row, f"{style['label']}\nvalue")
     return figure
 
 
 @our_style
-def histograms(
-    first: Probes, last: Probes, labels: Mapping[str, str], replicate: int = 0
-) -> Figure:
-    """The values that enter the activations after the first epoch and after the last.
-
-    Args:
-        first: probes of the first epoch.
-        last: of the last.
-        labels: `{arm: label}`, a row each.
-        replicate: which one is drawn.
-    """
-    depths = [last[f"{arm}/histograms"].shape[1] for arm in labels]
-    figure, rows = _panels(depths, below="value", sharex="col")
-    for row, (arm, style) in zip(rows, arm_styles(labels).items(), strict=True):
+def histograms(first: Probes, last: Probes, styles: Styles, replicate: int = 0) -> Figure:
+    """The values that enter the activations after the first epoch, dotted, and after the last."""
+    depths = [last[f"{arm}/histograms"].shape[1] for arm in styles]
+    figure, rows = _panels(depths, "value", sharex="col")
+    for row, (arm, style) in zip(rows, styles.items(), strict=True):
         for layer, axes in row.items():
             for probes, line in ((first, {"linestyle": ":"}), (last, {"linewidth": 1.8})):
                 counts, edges = (
@@ -85,31 +68,25 @@ def histograms(
                     axes.stairs(density, edges, color=style["color"], **line)
             axes.set_yticks([])
             axes.spines["left"].set_visible(False)
-        _name_row(row, labels[arm])
+        _name_row(row, style["label"])
     return figure
 
 
 @our_style
-def gradient_norms(first: Probes, last: Probes, labels: Mapping[str, str]) -> Figure:
-    """Norms of the gradients of all kernels, from the input on.
-
-    Args:
-        first: probes of the first epoch.
-        last: of the last; several replicates are drawn as their mean within its 95 % interval.
-        labels: `{arm: label}` of those that are drawn.
-    """
-    figure, row = panels(["After the first epoch", "After the last epoch"], height=3.4)
+def gradient_norms(first: Probes, last: Probes, styles: Styles) -> Figure:
+    """Norms of the gradients of all kernels after the first epoch and the last, by replicates."""
+    figure, row = figures.panels(["After the first epoch", "After the last epoch"], height=3.4)
     row[1].sharey(row[0])
     for axes, probes in zip(row, (first, last), strict=True):
-        norms = [probes[f"{arm}/gradient_norms"] for arm in labels]
-        for values, style in zip(norms, arm_styles(labels).values(), strict=True):
-            draw_band(axes, style, np.arange(1, values.shape[1] + 1), values)
+        norms = {arm: probes[f"{arm}/gradient_norms"] for arm in styles}  # [R, L]
+        for arm, values in norms.items():
+            figures.draw_band(axes, styles[arm], np.arange(1, values.shape[1] + 1), values)
         axes.set_xlabel("layer with a kernel, from the input on")
-        axes.grid(alpha=0.25, linewidth=0.5)
-        if any((values > 0).any() for values in norms):
+        axes.grid()
+        if any((values > 0).any() for values in norms.values()):
             axes.set_yscale("log")
     row[0].set_ylabel("norm of the gradient, log scale")
-    add_legend(figure)
+    figures.add_legend(figure)
     return figure
 
 
@@ -121,18 +98,14 @@ def running_layers(end: Probes, arm: str) -> list[str]:
 
 
 @our_style
-def statistics(end: Probes, labels: Mapping[str, str]) -> Figure:
+def statistics(end: Probes, styles: Styles) -> Figure:
     """Running statistics against those of the training set, one dot for each unit.
 
-    Args:
-        end: probes of the end.
-        labels: `{arm: label}`; those that have running statistics get two rows each.
+    Arms that have running statistics get two rows each.
     """
-    names = {arm: layers for arm in labels if (layers := running_layers(end, arm))}
+    names = {arm: layers for arm in styles if (layers := running_layers(end, arm))}
     kinds = [(arm, what) for arm in names for what in ("mean", "var")]
-    depths = [len(names[arm]) for arm, _ in kinds]
-    figure, rows = _panels(depths, below="training set")
-    styles = arm_styles(labels)
+    figure, rows = _panels([len(names[arm]) for arm, _ in kinds], "training set")
     for (arm, what), row in zip(kinds, rows, strict=True):
         for layer, axes in row.items():
             whole, running = (
@@ -144,7 +117,7 @@ def statistics(end: Probes, labels: Mapping[str, str]) -> Figure:
             axes.axline((float(whole[0]), float(whole[0])), slope=1, color="gray", linewidth=0.8)
             axes.plot(whole, running, ".", color=styles[arm]["color"], alpha=0.7)
         told = f"running {'mean' if what == 'mean' else 'deviation'}"
-        _name_row(row, f"{labels[arm]}\n{told}" if len(names) > 1 else told)
+        _name_row(row, f"{styles[arm]['label']}\n{told}" if len(names) > 1 else told)
     return figure
 
 
@@ -157,13 +130,13 @@ def _panels(
     """
     chosen = [choose_layers(depth) for depth in depths]
     columns = max(map(len, chosen))
-    size = (2.6 * columns + 0.8, 2.2 * len(depths) + 0.6)
-    left, right, bottom, top = 1.0 / size[0], 0.15 / size[0], 0.5 / size[1], 0.35 / size[1]
-    figure = Figure(figsize=size)
-    figure.subplots_adjust(left, bottom, 1 - right, 1 - top, wspace=0.25, hspace=0.2)
+    width, height = 2.6 * columns + 0.8, 2.2 * len(depths) + 0.6
+    margins = {"left": 1 / width, "right": 1 - 0.15 / width}
+    margins |= {"bottom": 0.5 / height, "top": 1 - 0.35 / height}
+    figure = Figure(figsize=(width, height))
+    figure.subplots_adjust(**margins, wspace=0.25, hspace=0.2)
     grid = figure.subplots(len(depths), columns, squeeze=False, **share)
     for axes in grid.flat:
-        axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelbottom=True)
         axes.set_visible(False)
     rows = [dict(zip(layers, row, strict=False)) for row, layers in zip(grid, chosen, strict=True)]
@@ -178,5 +151,5 @@ def _panels(
 
 
 def _name_row(row: Mapping[int, Axes], name: str) -> None:
-    for axes in list(row.values())[:1]:
-        axes.set_ylabel(name, fontweight="bold")
+    if row:
+        row[0].set_ylabel(name, fontweight="bold")

@@ -2,27 +2,9 @@
 
 import base64
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
-
-
-class Picture(NamedTuple):
-    """A picture in a page.
-
-    Attributes:
-        title: of its section.
-        uri: the picture itself.
-        alt: what it shows, for those who do not see it.
-        caption: how to read it.
-        dark: whether it is a drawing on white that a dark page may invert.
-    """
-
-    title: str
-    uri: str
-    alt: str
-    caption: str
-    dark: bool = True
 
 
 def is_replaced(config: Mapping[str, Any]) -> bool:

@@ -24,13 +24,11 @@ def phrases(first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, st
         >>> phrases({"a": "with A", "b": "B", "c": "C"}, {"a": "A", "b": "without D", "c": "see"})
         {'a': 'with A', 'b': 'without D', 'c': 'for C'}
     """
-    return {
-        arm: next(
-            (text for text in (name, second[arm]) if text.startswith(("with ", "without "))),
-            f"for {name}",
-        )
-        for arm, name in first.items()
-    }
+    told = {}
+    for arm, name in first.items():
+        found = [text for text in (name, second[arm]) if text.startswith(("with ", "without "))]
+        told[arm] = found[0] if found else f"for {name}"
+    return told
 
 
 def headline(
@@ -44,34 +42,30 @@ def headline(
         titles: `{arm: title}`.
     """
     short, long = phrases(labels, titles), phrases(titles, labels)
-    means = {arm: of_arm[METRIC]["mean"] for arm, of_arm in summary["arms"].items()}
-    accuracy = {
-        arm: format_summary(METRIC, of_arm[METRIC]) for arm, of_arm in summary["arms"].items()
-    }
-    left = [arm for arm, mean in means.items() if mean is not None]
+    found = {arm: of_arm[METRIC] for arm, of_arm in summary["arms"].items()}
+    accuracy = {arm: format_summary(METRIC, one) for arm, one in found.items()}
+    left = [arm for arm, one in found.items() if one["n"]]
     if not left:
-        which = {1: "The network", 2: "Both networks"}.get(len(means), "All networks")
+        which = {1: "The network", 2: "Both networks"}.get(len(found), "All networks")
         return f"{which} diverged in every replicate"
-    if len(means) == 1:
-        return f"{_capital(long[left[0]])} test accuracy was {accuracy[left[0]]}"
-    if len(means) > 2:
-        return _best(summary, accuracy, short, long)
+    if len(found) > 2:
+        return _capital(_best(summary, accuracy, short, long))
+    if len(found) == 1:
+        return _capital(f"{long[left[0]]} test accuracy was {accuracy[left[0]]}")
     if len(left) == 1:
-        (lost,) = set(means) - set(left)
-        return (
-            f"{_capital(short[lost])} the network diverged in every replicate; "
-            f"{short[left[0]]} test accuracy was {accuracy[left[0]]}"
-        )
+        lost = next(arm for arm in found if arm not in left)
+        told = f"{short[lost]} the network diverged in every replicate; "
+        return _capital(f"{told}{short[left[0]]} test accuracy was {accuracy[left[0]]}")
     reference = summary["reference"]
     ((arm, differences),) = summary["differences"].items()
     difference = differences[METRIC]
-    if difference["mean"] is None:
+    if not difference["n"]:
         return "No pair of networks was left to compare: in each one of them diverged"
-    told = _compare(difference, "" if titles[reference] == UNSAID else long[reference])
-    told = f"{_capital(long[arm])} test accuracy was {told}"
+    against = "" if titles[reference] == UNSAID else long[reference]
+    told = f"{long[arm]} test accuracy was {_compare(difference, against)}"
     if difference["interval"] is None:
         told += f": {accuracy[arm]} against {accuracy[reference]}"
-    return told + _certainty(difference, summary["replicates"])
+    return _capital(told + _certainty(difference, summary["replicates"]))
 
 
 def _best(
@@ -84,11 +78,10 @@ def _best(
     reference, replicates = summary["reference"], summary["replicates"]
     ranked = _rank(summary, METRIC)[::-1]
     best = [arm for arm in ranked if accuracy[arm] == accuracy[ranked[0]]]
-    told = f"{_capital(' and '.join(long[arm] for arm in best))} test accuracy was best, "
-    told += accuracy[best[0]]
+    told = f"{' and '.join(long[arm] for arm in best)} test accuracy was best, {accuracy[best[0]]}"
     for arm in [arm for arm in ranked if arm != reference][:1]:
         difference = summary["differences"][arm][METRIC]
-        if difference["mean"] is not None:
+        if difference["n"]:
             told += ": " if [arm] == best else f"; {long[arm]} "
             told += _compare(difference, long[reference]) + _certainty(difference, replicates)
     lost = [
@@ -149,21 +142,25 @@ def losses(summary: Mapping[str, Any], names: Mapping[str, str]) -> str:
 
 
 def features(last: Probes, names: Mapping[str, str], replicate: int) -> str:
-    """How much of what leaves each layer for one test example is zero."""
+    """How much of what leaves each layer for one test example is zero, layer by layer."""
     told = []
     for arm, name in names.items():
         zeros = [f"{np.mean(one == 0):.0%}" for one in features_of(last, arm, replicate)]
         told.append(f"{name} {', '.join(zeros)}")
-    return f"Shares of values that are zero, layer by layer: {'; '.join(told)}."
+    return "; ".join(told)
 
 
 def activations(last: Probes, names: Mapping[str, str], replicate: int) -> str:
-    """How wide the values before the activations spread in the last layer."""
-    told = []
-    for arm, name in names.items():
-        low, *_, high = last[f"{arm}/percentiles"][replicate, -1]
-        told.append(f"{name} from {low:.3g} to {high:.3g}")
-    return f"After the last epoch nine tenths of them lie, in the last layer, {', '.join(told)}."
+    """Between what values nine tenths of those lie that enter the last activation."""
+    found = {name: last[f"{arm}/percentiles"][replicate, -1] for arm, name in names.items()}
+    return ", ".join(f"{name} from {of[0]:.3g} to {of[-1]:.3g}" for name, of in found.items())
+
+
+def choice(last: Probes, names: Mapping[str, str]) -> str:
+    """Which layers of deep networks are drawn; empty where all are."""
+    depth = max(last[f"{arm}/percentiles"].shape[1] for arm in names)
+    shown = [str(layer + 1) for layer in layers.choose_layers(depth)]
+    return f" Of {depth} layers {', '.join(shown)} are drawn." * (len(shown) < depth)
 
 
 def gradients(last: Probes, names: Mapping[str, str]) -> str:
@@ -174,36 +171,31 @@ def gradients(last: Probes, names: Mapping[str, str]) -> str:
         ends = [summarize(norms[:, layer]).mean for layer in (0, -1)]
         first, final = ("not finite" if mean is None else f"{mean:.2g}" for mean in ends)
         told.append(f"{name} {first} in the first layer, {final} in the last")
-    return f"After the last epoch: {'; '.join(told)}."
+    return "; ".join(told)
 
 
 def statistics(end: Probes, names: Mapping[str, str]) -> str:
-    """How far running statistics are from those of the training set."""
+    """The median ratio of running variance to that of the training set, layer by layer."""
     told = {}
-    for arm in names:
+    for arm, name in names.items():
         ratios = []
         for layer in layers.running_layers(end, arm):
-            running, whole = (
-                end[f"{arm}/{kind}/{layer}/var"] for kind in ("running", "population")
-            )
+            running, whole = (end[f"{arm}/{of}/{layer}/var"] for of in ("running", "population"))
             varied = whole > 0  # a unit that is dead has no ratio
-            ratios.append(
-                f"{np.median(running[varied] / whole[varied]):.3f}" if any(varied) else "-"
-            )
+            ratio = np.median(running[varied] / whole[varied]) if any(varied) else None
+            ratios.append("-" if ratio is None else f"{ratio:.3f}")
         if ratios:
-            told[arm] = ", ".join(ratios)
-    several = "; ".join(f"{names[arm]} {ratios}" for arm, ratios in told.items())
-    return (
-        "The median ratio of running variance to that of the training set is, layer by layer, "
-        f"{several if len(told) > 1 else ''.join(told.values())}."
-    )
+            told[name] = ", ".join(ratios)
+    if len(told) == 1:
+        return "".join(told.values())
+    return "; ".join(f"{name} {ratios}" for name, ratios in told.items())
 
 
 def mistakes(confusions: Mapping[str, np.ndarray], names: Mapping[str, str]) -> str:
     """How many mistakes each network makes, and which one most often."""
     told = []
     for arm, counts in confusions.items():
-        wrong = predictions.off_diagonal(counts)
+        wrong = predictions.mistakes(counts)
         label, taken = np.unravel_index(wrong.argmax(), wrong.shape)
         other = "something else" if taken == predictions.CLASSES else taken
         most = f", most often {label} taken for {other} ({wrong.max()} times)" * bool(wrong.any())
