@@ -40,17 +40,18 @@ def epoch_lines(
     def show(lines: Sequence[Mapping[str, Any]]) -> None:
         epoch, seconds = lines[0]["epoch"], lines[0]["seconds"]
         means = {
-            arm: {metric: _mean(of_arm[metric][-1]) for metric in shown}
+            arm: {metric: _summarize(of_arm[metric][-1]) for metric in shown}
             for arm, of_arm in metrics.curves(lines, list(titles)).items()
         }
         told = line(
-            "".join(f"{_tell(metric, mean):>10}" for metric, mean in of_arm.items())
+            "".join(f"{format_summary(metric, mean):>10}" for metric, mean in of_arm.items())
             for of_arm in means.values()
         )
         print_plain(console, f"{f'{epoch}/{experiment.epochs}':<8}{told}{seconds:8.2f}")
-        latest = [f"{arm} {_tell(ACCURACY, of_arm[ACCURACY])}" for arm, of_arm in means.items()]
+        accuracies = {arm: of_arm[ACCURACY] for arm, of_arm in means.items()}
+        latest = [f"{arm} {format_summary(ACCURACY, one)}" for arm, one in accuracies.items()]
         if not few:
-            best = np.argmax([np.nan_to_num(of_arm[ACCURACY], nan=-1) for of_arm in means.values()])
+            best = np.argmax([np.nan_to_num(one["mean"], nan=-1) for one in accuracies.values()])
             latest = [f"best {latest[best]}"]
         images = examples * replicates * len(titles) / seconds
         told = f"{', '.join(latest)}, {images:,.0f} images/s"
@@ -75,13 +76,9 @@ def epoch_lines(
         yield show
 
 
-def _mean(values: np.ndarray) -> float:
+def _summarize(values: np.ndarray) -> dict[str, Any]:
     finite = values[np.isfinite(values)]
-    return float(finite.mean()) if len(finite) else float("nan")
-
-
-def _tell(metric: str, value: float) -> str:
-    return format_summary(metric, {"mean": value, "sd": None})
+    return {"mean": float(finite.mean()) if len(finite) else float("nan"), "sd": None}
 
 
 def _cut(text: str, most: int) -> str:
