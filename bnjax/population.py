@@ -157,10 +157,10 @@ def _replace(
             "layer_by_layer reads the batches once for each layer, found an iterator, which ends "
             "after the first: pass a list"
         )
-    passes: list[Path | None] = [None]
-    if layer_by_layer and (first := [_images(batch) for batch in islice(batches, 1)]):
-        passes = [*layer_paths(module, variables, first[0])] or passes
-    for path in passes:
+    paths: Sequence[Path | None] = ()
+    for batch in islice(batches, 1 if layer_by_layer else 0):
+        paths = layer_paths(module, variables, _images(batch))
+    for path in paths or (None,):
         measure = _compile(module, path)
         found = [measure(variables, _images(batch)) for batch in batches]
         if not (found and found[0]):
