@@ -181,13 +181,7 @@ def layer_paths(module: nn.Module, variables: Variables, images: AnyArray) -> li
 
 
 def _images(batch: Any) -> AnyArray:
-    images = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    if not isinstance(images, AnyArray):
-        raise ValueError(
-            f"a batch is a {type(batch).__name__}: expected an array of images, or a tuple or list "
-            "that begins with one"
-        )
-    return to_float(images)
+    return to_float(batch[0] if isinstance(batch, tuple | list) and batch else batch)
 
 
 def _compile(module: nn.Module, only: Path | None) -> Callable[[Variables, AnyArray], Any]:
