@@ -59,7 +59,8 @@ def gradient_norms(model: nn.Module, variables: Variables, batch: Batch) -> dict
     params = vary_with(batch, variables["params"])
     gradients = flatten_dict(jax.grad(_loss(model, variables, batch))(params))
     layers = layer_taps.outputs(model, variables, batch.images, LAYERS, train=True)
-    return {"/".join(path): optax.tree.norm(gradients[*path, "kernel"]) for path in layers}
+    kernels = {"/".join(path): gradients[*path, "kernel"] for path in layers}
+    return {path: jnp.linalg.norm(kernel.ravel()) for path, kernel in kernels.items()}
 
 
 def backpropagated_norms(model: nn.Module, variables: Variables, batch: Batch) -> dict[str, Array]:

@@ -24,15 +24,8 @@ Variables = Mapping[str, Any]
 
 LAYERS = nn.Dense | nn.DenseGeneral | nn.Conv | nn.ConvTranspose
 BATCH_NORMS = BatchNorm | nn.BatchNorm
-NORMS = (
-    BATCH_NORMS
-    | nn.LayerNorm
-    | nn.RMSNorm
-    | nn.GroupNorm
-    | nn.InstanceNorm
-    | GroupNorm
-    | MeanOnlyBatchNorm
-)
+FLAX_NORMS = nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.InstanceNorm
+NORMS = BATCH_NORMS | FLAX_NORMS | GroupNorm | MeanOnlyBatchNorm
 
 
 class Hidden(NamedTuple):

@@ -157,10 +157,10 @@ def _replace(
             "layer_by_layer reads the batches once for each layer, found an iterator, which ends "
             "after the first: pass a list"
         )
-    passes: list[Path | None] = [None]
-    if layer_by_layer and (first := [_images(batch) for batch in islice(batches, 1)]):
-        passes = [*layer_paths(module, variables, first[0])] or passes
-    for path in passes:
+    paths: Sequence[Path | None] = ()
+    for batch in islice(batches, 1 if layer_by_layer else 0):
+        paths = layer_paths(module, variables, _images(batch))
+    for path in paths or (None,):
         measure = _compile(module, path)
         found = [measure(variables, _images(batch)) for batch in batches]
         if not (found and found[0]):
@@ -181,13 +181,7 @@ def layer_paths(module: nn.Module, variables: Variables, images: AnyArray) -> li
 
 
 def _images(batch: Any) -> AnyArray:
-    images = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    if not isinstance(images, AnyArray):
-        raise ValueError(
-            f"a batch is a {type(batch).__name__}: expected an array of images, or a tuple or list "
-            "that begins with one"
-        )
-    return to_float(images)
+    return to_float(batch[0] if isinstance(batch, tuple | list) and batch else batch)
 
 
 def _compile(module: nn.Module, only: Path | None) -> Callable[[Variables, AnyArray], Any]:

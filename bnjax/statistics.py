@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
+import scipy  # which loads `special` where it is used: a fifth of a second, at the end of a run
 from numpy.typing import ArrayLike
 
 LEVEL = 0.95
@@ -31,9 +32,8 @@ class Difference(NamedTuple):
         mean, sd, interval, n: as in `Summary`, of first minus second.
         wins: number of pairs whose first member is the better one.
         ties: number of pairs with equal members.
-        p: two-sided p-value of the sign test: how probable a majority at least as large is
-            if either member of an untied pair were the better one by the toss of a coin. None
-            where all pairs are tied.
+        p: two-sided p-value of the sign test: how probable a majority at least as large is if the
+            toss of a coin decided each pair that is not tied. None where all are.
     """
 
     mean: float | None
@@ -61,10 +61,8 @@ def summarize(values: ArrayLike) -> Summary:
     n = len(finite)
     if n < 2:
         return Summary(float(finite[0]) if n else None, None, None, n)
-    from scipy.special import stdtrit  # a fifth of a second, at the end of a run
-
     mean, sd = float(finite.mean()), float(finite.std(ddof=1))
-    half = float(stdtrit(n - 1, (1 + LEVEL) / 2)) * sd / n**0.5
+    half = float(scipy.special.stdtrit(n - 1, (1 + LEVEL) / 2)) * sd / n**0.5
     return Summary(mean, sd, (mean - half, mean + half), n)
 
 
@@ -95,9 +93,6 @@ def paired_difference(
     wins = int(np.sum(difference < 0 if lower_is_better else difference > 0))
     ties = int(np.sum(difference == 0))
     untied = len(difference) - ties
-    p = None
-    if untied:
-        from scipy.special import bdtr
-
-        p = min(1.0, 2 * float(bdtr(min(wins, untied - wins), untied, 0.5)))
+    tail = scipy.special.bdtr(min(wins, untied - wins), untied, 0.5)
+    p = min(1.0, 2 * float(tail)) if untied else None
     return Difference(*summarize(difference), wins, ties, p)

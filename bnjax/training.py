@@ -65,10 +65,8 @@ def create_state(
 ) -> TrainState:
     """Initial parameters, running statistics and optimizer state.
 
-    Args:
-        module, optimizer: what to train, and how.
-        key: a JAX random key of any kind; decides the parameters and what dropout drops.
-        images: `[N, ...]`, any examples of the right shape.
+    The key, of any kind, decides the parameters and what dropout drops; the images `[N, ...]` are
+    any examples of the right shape.
     """
     dropout_key = jax.random.fold_in(key, zlib.crc32(b"dropout"))
     variables = module.init(key, to_float(images), train=True)

@@ -398,11 +398,11 @@ class Tensor:
 @pytest.mark.parametrize(
     ("batch", "told"),
     [
-        ({"image": np.ones((4, 4), np.float32)}, "a batch is a dict: expected an array of images"),
-        ("batch", "a batch is a str: expected an array of images"),
-        (Tensor(), "a batch is a Tensor: expected an array of images"),
-        ((), "a batch is a tuple: .*, or a tuple or list that begins with one$"),
-        ([[0.5, 0.25], [0.0, 1.0]], "a batch is a list: expected an array of images"),
+        ({"image": np.ones((4, 4), np.float32)}, "images are a dict: expected an array of uint8"),
+        ("batch", "images are a str: expected an array"),
+        (Tensor(), "images are a Tensor: expected an array"),
+        ((), "images are a tuple: expected an array"),
+        ([[0.5, 0.25], [0.0, 1.0]], "images are a list: expected an array"),
         (np.ones((4, 4), np.int64), r"images are int64\[4, 4\]: .* uint8 in 0..255"),
         ((np.ones((4, 4), bool), np.ones(4)), r"images are bool\[4, 4\]: .* uint8 in 0..255"),
     ],

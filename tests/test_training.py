@@ -150,6 +150,16 @@ def test_an_epoch_is_its_steps_one_after_the_other():
     np.testing.assert_array_equal(metrics.examples, [8, 8, 6])
 
 
+def test_running_statistics_keep_the_dtype_that_the_state_has():
+    state, data = fresh_state(), examples(40)
+    stats = jax.tree.map(lambda a: a.astype(jnp.bfloat16), state.batch_stats)
+    half, _ = training.train_epoch(state.replace(batch_stats=stats), data, KEY, batch_size=8)
+    full, _ = training.train_epoch(state, data, KEY, batch_size=8)
+    for a, b in zip(*(jax.tree.leaves(s.batch_stats) for s in (half, full)), strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a.astype(np.float32), b, rtol=0.03, atol=0.01)
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 100, 1000])
 def test_evaluation_covers_every_example_once(batch_size):
     state, data = fresh_state(), examples(100)

@@ -31,16 +31,11 @@ KEPT = 16
 def after_epoch(trainer: Trainer, states: States, example: Batch) -> dict[str, np.ndarray]:
     """What an epoch left, for each arm and replicate.
 
-    Args:
-        trainer: of the arms; the first examples of its training set are the sample.
-        states: of all arms.
-        example: one test example.
-
     Returns:
         `{arm/name: [R, ...]}`, of D hidden layers: `features_k` `[R, 1, ...]` of the example; of
-        the sample `gradient_norms` `[R, L]` of the kernels, `percentiles` `[R, D, P]` and
-        `histograms` `[R, D, BINS]` with `edges` `[R, D, BINS + 1]` of all values that enter the
-        activations.
+        the first training examples `gradient_norms` `[R, L]` of the kernels, `percentiles`
+        `[R, D, P]` and `histograms` `[R, D, BINS]` with `edges` `[R, D, BINS + 1]` of all values
+        that enter the activations.
     """
     sample = head(trainer.train, SAMPLE)
     return {
