@@ -314,8 +314,8 @@ def test_file_without_permission_is_named(public_path, files):
         load("mnist", public_path)
 
 
-def sha256(contents: list[bytes]) -> tuple[str, ...]:
-    return tuple(hashlib.sha256(content).hexdigest() for content in contents)
+def sha256(contents: list[bytes]) -> list[str]:
+    return [hashlib.sha256(content).hexdigest() for content in contents]
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ def server(arrays, monkeypatch):
     """A small dataset, registered as MNIST."""
     zipped = [gzip.compress(idx(array), mtime=0) for array in arrays]
     with serving(dict(zip(ZIPPED, zipped, strict=True))) as server:
-        sha256 = tuple(hashlib.sha256(content).hexdigest() for content in zipped)
+        sha256 = [hashlib.sha256(content).hexdigest() for content in zipped]
         register(monkeypatch, url=server.url, sha256=sha256)
         yield server
 

@@ -164,8 +164,8 @@ def _read_own(name: str, file: str, path: Path) -> np.ndarray:
     values = idx.read_images(path) if "images" in file else idx.read_labels(path)
     digests = hashlib.sha256(path.read_bytes()).hexdigest(), idx.sha256(values)
     for other, source in SOURCES.items():
-        checksums = zip(FILES * 2, source.sha256 + source.unzipped_sha256, strict=False)
-        for known, sha256 in checksums:
+        checksums = [*source.sha256, *source.unzipped_sha256]
+        for known, sha256 in zip(FILES * 2, checksums, strict=False):
             if sha256 in digests and (other, known) != (name, file):
                 todo = f"choose --dataset {other} or replace the file"
                 raise DataError(

@@ -34,7 +34,7 @@ def fetch(url: str, sha256: Mapping[str, str], directory: Path) -> None:
             raise DownloadError(f"{url}{name} {_explain(error)}") from error
 
 
-def _download(url: str, file: str, _: Any) -> None:
+def _download(url: str, temporary: str, _: Any) -> None:
     import requests
 
     # The time-out holds for each address of a host, and not for looking them up, which Ctrl-C
@@ -42,10 +42,11 @@ def _download(url: str, file: str, _: Any) -> None:
     pool = ThreadPool(1)
     answer = pool.apply_async(requests.get, [url], {"stream": True, "timeout": GIVE_UP_AFTER})
     pool.close()
-    with answer.get(GIVE_UP_AFTER) as response, open(file, "wb") as kept:  # noqa: PTH123
+    path = Path(temporary)
+    with answer.get(GIVE_UP_AFTER) as response, path.open("wb") as file:
         response.raise_for_status()
-        kept.writelines(response.iter_content(2**16))
-    Path(file).chmod(0o644)  # pooch leaves its temporary files to their owner
+        file.writelines(response.iter_content(2**16))
+    path.chmod(0o644)  # it is its owner's alone until then
 
 
 def _explain(error: Exception) -> str:

@@ -33,9 +33,11 @@ def read(name: str, directory: Path) -> tuple[np.ndarray, ...] | None:
     """
     try:
         places = [info.parent for info in (directory / name).glob("*/dataset_info.json")]
-        for place in sorted(places, key=_version, reverse=True):
-            import tensorflow_datasets as tfds  # slow, and mostly not needed
+        if not places:
+            return None
+        import tensorflow_datasets as tfds  # slow, and mostly not needed
 
+        for place in sorted(places, key=lambda place: tfds.core.Version(place.name), reverse=True):
             builder = tfds.builder_from_directory(place)
             if tfds.core.FileFormat.ARRAY_RECORD in builder.info.available_file_formats():
                 return *_read_split(builder, "train"), *_read_split(builder, "test")
@@ -44,18 +46,13 @@ def read(name: str, directory: Path) -> tuple[np.ndarray, ...] | None:
             f"{directory / name}: the dataset that TFDS prepared here cannot be read "
             f"({shorten(error)})"
         ) from error
-    if places:
-        warnings.warn(
-            f"{directory / name} is not prepared as ArrayRecord; other formats need TensorFlow "
-            "to read and are passed over",
-            DataWarning,
-            stacklevel=2,
-        )
+    warnings.warn(
+        f"{directory / name} is not prepared as ArrayRecord; other formats need TensorFlow to read "
+        "and are passed over",
+        DataWarning,
+        stacklevel=2,
+    )
     return None
-
-
-def _version(place: Path) -> list[int]:
-    return [int(number) for number in place.name.split(".") if number.isdecimal()]
 
 
 def _read_split(builder, split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -134,14 +134,10 @@ def map_replicates(
     )
     if not spare:
         return spread(per_replicate, shared)
-    padded = jax.tree.map(lambda a: _repeat_last(a, spare), per_replicate)
+    padded = jax.tree.map(lambda a: jnp.concatenate([a, *[a[-1:]] * spare]), per_replicate)
     return jax.tree.map(lambda a: a[:count], spread(padded, shared))
 
 
 def runs_at_once(mesh: Mesh) -> bool:
     """Whether each device of the mesh computes its replicates together."""
     return mesh.devices.flat[0].platform != "cpu"
-
-
-def _repeat_last(a: Array, times: int) -> Array:
-    return jnp.concatenate([a, *[a[-1:]] * times])

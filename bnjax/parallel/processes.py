@@ -63,31 +63,22 @@ def _check_address(coordinator: str, process: int | None) -> None:
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ValueError(f"coordinator {coordinator!r}: expected HOST:PORT, as in 10.0.0.1:1234")
-    if process:
-        _find(host, int(port))
-        return
-    try:
-        socket.create_server(("", int(port))).close()
-    except OSError as error:
-        raise ValueError(
-            f"process 0 cannot listen at port {port}: it is in use or not allowed, choose another"
-        ) from error
-
-
-def _find(host: str, port: int) -> None:
+    if not process:
+        try:
+            return socket.create_server(("", int(port))).close()
+        except OSError as error:
+            told = f"process 0 cannot listen at port {port}: it is in use or not allowed"
+            raise ValueError(f"{told}, choose another") from error
     limit = time.monotonic() + PATIENCE
     while True:
         try:
-            socket.create_connection((host, port), timeout=PATIENCE).close()
+            return socket.create_connection((host, int(port)), timeout=PATIENCE).close()
         except OSError as error:
             if time.monotonic() > limit:
-                raise ValueError(
-                    f"process 0 does not answer at {host}:{port} ({error.strerror or error}): "
-                    "start it within a minute, and give all processes its address"
-                ) from error
-            time.sleep(0.1)
-        else:
-            return
+                told = f"process 0 does not answer at {coordinator} ({error.strerror or error})"
+                todo = "start it within a minute, and give all processes its address"
+                raise ValueError(f"{told}: {todo}") from error
+        time.sleep(0.1)
 
 
 def count() -> int:
@@ -112,15 +103,7 @@ def is_lost(error: BaseException) -> bool:
 
 def gather(tree: Any) -> Any:
     """The same pytree with all arrays whole, as NumPy, in every process."""
-    if count() == 1:
-        return jax.tree.map(np.asarray, tree)
     return multihost_utils.process_allgather(tree, tiled=True)
-
-
-def barrier(purpose: str) -> None:
-    """Waits until all processes are here."""
-    if count() > 1:
-        multihost_utils.sync_global_devices(purpose)
 
 
 def allgather_object(value: Any) -> list[Any]:
@@ -164,12 +147,12 @@ def check_same(values: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the host and what differs.
     """
-    told = allgather_object({"host": name(), **values})
-    for other in told[1:]:
+    first, *others = allgather_object({"host": name(), **values})
+    for other in others:
         different = [
-            f"{field} {other.get(field)!r} instead of {told[0].get(field)!r}"
-            for field in told[0].keys() | other.keys()
-            if field != "host" and other.get(field) != told[0].get(field)
+            f"{field} {other[field]!r} instead of {first[field]!r}"
+            for field in sorted(values)
+            if other[field] != first[field]
         ]
         if different:
-            raise ValueError(f"{other['host']} has {', '.join(sorted(different))}")
+            raise ValueError(f"{other['host']} has {', '.join(different)}")

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import psutil
-from jax.sharding import Mesh
 
 from bnjax.paired import Arm, Placement
 from bnjax.parallel import processes
@@ -67,18 +66,18 @@ def make_placements(arms: tuple[Arm, ...], mesh: str, replicates: int) -> list[P
     Raises:
         ValueError: if the mesh does not fit the devices, or "auto" not those of several processes.
     """
-    wanted = {} if mesh == "auto" else parse_mesh(mesh)
+    sizes = {} if mesh == "auto" else parse_mesh(mesh)
     together = jax.distributed.is_initialized()
     if not together:
-        set_cpu_devices(
-            math.prod(wanted.values()) if wanted else min(_cores(), len(arms) * replicates)
-        )
+        needed = math.prod(sizes.values()) if sizes else len(arms) * replicates
+        set_cpu_devices(needed if sizes else min(_cores(), needed))
     devices = _devices()
     programs = [(arm,) for arm in arms] if devices[0].platform == "cpu" else [arms]
     if together:
-        meshes = [_span_hosts(wanted, replicates)]
-    elif wanted:
-        meshes = [make_mesh(wanted["replicate"], wanted["data"])]
+        _check_sizes_of_all(sizes, replicates)
+        sizes = sizes or {"replicate": len(devices), "data": 1}
+    if sizes:
+        meshes = [make_mesh(sizes["replicate"], sizes["data"])]
     else:
         size = min(replicates, len(devices) // len(programs) or len(devices))
         starts = range(0, len(devices) - size + 1, size)
@@ -86,24 +85,23 @@ def make_placements(arms: tuple[Arm, ...], mesh: str, replicates: int) -> list[P
     return [Placement(*deal) for deal in zip(programs, itertools.cycle(meshes), strict=False)]
 
 
-def _span_hosts(wanted: dict[str, int], replicates: int) -> Mesh:
-    """A mesh of all devices of all processes: none may be idle."""
-    count, processes = jax.device_count(), jax.process_count()
-    if not wanted and count > replicates:
+def _check_sizes_of_all(sizes: dict[str, int], replicates: int) -> None:
+    """Refuses a mesh that leaves a device of several processes idle."""
+    count = jax.device_count()
+    have = f"{jax.process_count()} processes have {count}"
+    if not sizes and count > replicates:
         most = max(n for n in range(1, replicates + 1) if count % n == 0)
         raise ValueError(
-            f"{processes} processes have {count} devices together, of which {replicates} "
-            f"replicate{'s' * (replicates > 1)} can use {replicates}: choose "
-            f"--mesh replicate={most},data={count // most}, which spreads the examples of each "
-            f"batch over them, or start a run with --replicates {count}"
+            f"{have} devices together, of which {replicates} replicate{'s' * (replicates > 1)} can "
+            f"use {replicates}: choose --mesh replicate={most},data={count // most}, which spreads "
+            f"the examples of each batch over them, or start a run with --replicates {count}"
         )
-    if wanted and math.prod(wanted.values()) != count:
-        told = ",".join(f"{axis}={size}" for axis, size in wanted.items())
+    if sizes and math.prod(sizes.values()) != count:
+        told = ",".join(f"{axis}={size}" for axis, size in sizes.items())
         raise ValueError(
-            f"mesh {told} has {math.prod(wanted.values())} devices: {processes} processes have "
-            f"{count} together, and all of them take part"
+            f"mesh {told} has {math.prod(sizes.values())} devices: {have} together, and all of "
+            "them take part"
         )
-    return make_mesh(wanted.get("replicate", count), wanted.get("data", 1))
 
 
 def join_processes(mesh: str, coordinator: str | None, count: int | None, own: int | None) -> None:
@@ -118,16 +116,12 @@ def join_processes(mesh: str, coordinator: str | None, count: int | None, own: i
     """
     share = math.prod(parse_mesh(mesh).values()) // count if count and mesh != "auto" else 1
     set_cpu_devices(max(share, 1))
-    _keep_stdout()
-    processes.start(coordinator, count, own)
-
-
-def _keep_stdout() -> None:
-    """Leaves standard output to Python: JAX's Gloo writes there whom it has met."""
+    # Standard output is left to Python: JAX's Gloo writes there whom it has met.
     sys.stdout.flush()
-    own = os.dup(sys.stdout.fileno())
+    python = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    sys.stdout = os.fdopen(own, "w", buffering=1, encoding=sys.stdout.encoding, errors="replace")
+    sys.stdout = os.fdopen(python, "w", buffering=1, encoding=sys.stdout.encoding, errors="replace")
+    processes.start(coordinator, count, own)
 
 
 def _devices() -> list[jax.Device]:
