@@ -3,8 +3,8 @@
     python -m experiments.sweep --learning-rate 1e-4 1e-3 1e-2 --batch-size 32 256 --out DIR
 
 Every cell is a run of several replicates. Cells that differ in the learning rate alone are
-trained by one program. It leaves sweep.html, which needs no network, sweep.svg and sweep.json; a
-sweep that was stopped goes on with the same command.
+trained by one program. It leaves sweep.html, which needs no network, sweep.json and, of two arms or
+more, sweep.svg; a sweep that was stopped goes on with the same command.
 Exit status: 0 success; 2 a mistake in the command, the settings or the data; 130 after Ctrl-C,
 143 after SIGTERM.
 """

@@ -94,9 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def find_arm(name: str) -> ArmSpec:
-    """The arm of that name; `ValueError` if it cannot normalize two images, or does not by both
-    mean and deviation.
-    """
+    """The arm of that name; `ValueError` if it cannot normalize two images by mean and variance."""
     arm = arms.find(name)
     arms.check_sizes(dataclasses.replace(NETWORK, arms=(name,), batch_size=GROUPS[0]), 0)
     module, images = arm.make(NETWORK), jnp.zeros((2, 1))
@@ -196,10 +194,13 @@ def _alone(state: TrainState, test: Batch) -> dict[str, Any]:
     except ValueError as refused:
         error = str(refused)
     twice = predict(state, test.images.repeat(2, axis=0), 2, train=True)[::2]
-    alone = predict(state, test.images, 1, train=False)
-    votes = (np.bincount(found, minlength=NETWORK.num_classes) for found in (twice, alone))
-    shown = dict(zip(("twice", "evaluation"), map(np.ndarray.tolist, votes), strict=True))
-    return {"error": error, **shown, "accuracy": accuracy_of(twice, test.labels)}
+    count = partial(np.bincount, minlength=NETWORK.num_classes)
+    return {
+        "error": error,
+        "twice": count(twice).tolist(),
+        "evaluation": count(predict(state, test.images, 1, train=False)).tolist(),
+        "accuracy": accuracy_of(twice, test.labels),
+    }
 
 
 def _groups(state: TrainState, test: Batch, key: Array) -> dict[str, Any]:
