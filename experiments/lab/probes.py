@@ -14,7 +14,7 @@ from bnjax import diagnostics, population
 from bnjax.paired import States, Trainer
 from bnjax.parallel import processes
 from bnjax.training import Batch, to_float
-from experiments.lab.grids import head
+from experiments.lab.scratch import head
 
 # So many training examples are looked at; a fixed sample shows what changes between epochs.
 SAMPLE = 500
