@@ -55,9 +55,10 @@ def new(path: Path, epochs: int = EPOCHS) -> tuple:
 
 
 def files_of(path: Path) -> set[str]:
-    """All files but the checkpoints, of which some are set aside."""
+    """All files but the checkpoints, of which some are set aside, and `.lock`, which a process that
+    is killed at its very end leaves, and which locks nothing then."""
     files = {file.relative_to(path) for file in path.rglob("*") if file.is_file()}
-    return {str(file) for file in files if file.parts[0] != "checkpoints"}
+    return {str(file) for file in files if file.parts[0] not in ("checkpoints", ".lock")}
 
 
 def saved(path: Path, epochs: int) -> Path:
