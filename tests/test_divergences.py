@@ -1,5 +1,6 @@
 """Finding the step and the layer in which a network stopped being finite."""
 
+import json
 from functools import partial
 
 import chex
@@ -13,6 +14,7 @@ from factories import norm_of
 from jax.sharding import AbstractMesh
 
 from bnjax import models, paired, training
+from bnjax.errors import CheckpointError
 from bnjax.layers import BatchNorm
 from bnjax.paired import Arm, Epoch, Placement, Trainer
 from bnjax.parallel.mesh import AXES
@@ -140,3 +142,23 @@ def test_the_last_batch_of_an_epoch_may_be_short():
     _, batch = divergences.replay(state(), trainer(), 0, 1, 7)
     order = training.draw_order(paired.derive(trainer().keys[0], "order", 1), 50)
     np.testing.assert_array_equal(batch.labels, EXAMPLES.labels[order[48:]])
+
+
+WHOLE = {"arm": "bn", "replicate": 0, "epoch": 1, "step": None, "layer": None}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        [1],
+        [{"arm": "bn"}],
+        *([WHOLE | change] for change in ({"epoch": True}, {"step": "1"}, {"layer": 3})),
+    ],
+)
+def test_what_is_no_list_of_divergences_is_refused(tmp_path, content):
+    (tmp_path / divergences.FILE).write_text(json.dumps([WHOLE]))
+    assert divergences.read(tmp_path) == [WHOLE]
+    (tmp_path / divergences.FILE).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"divergences\.json is damaged"):
+        divergences.read(tmp_path)

@@ -128,6 +128,13 @@ class TestMetrics:
         with pytest.raises(CheckpointError, match="epoch 1, replicate 0, arm no_bn"):
             metrics.read(tmp_path, TWO[::-1], 1)
 
+    @pytest.mark.parametrize(("name", "value"), [("epoch", True), ("replicate", 0.0)])
+    def test_a_number_of_another_type_is_refused(self, tmp_path, name, value):
+        (first, *rest) = make_lines(epochs=1, replicates=1)
+        metrics.append(tmp_path, [{**first, name: value}, *rest])
+        with pytest.raises(CheckpointError, match="line 1 does not hold the metrics of epoch 1"):
+            metrics.read(tmp_path, TWO, 1)
+
     def test_as_arrays(self):
         lines = make_lines(epochs=3, replicates=2)
         lines[-1]["test_loss"] = None

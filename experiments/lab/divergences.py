@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnjax import paired, training
+from bnjax.errors import CheckpointError
 from bnjax.layer_taps import watch
 from bnjax.losses import cross_entropy
 from bnjax.paired import Epoch, States, Trainer
@@ -127,13 +128,27 @@ def read(path: Path) -> list[dict[str, Any]]:
         CheckpointError: if they cannot be read.
     """
     file = path / FILE
-    return rundir.parse(file, file.read_bytes()) if file.exists() else []
+    found = rundir.parse(file, file.read_bytes()) if file.exists() else []
+    if not isinstance(found, list) or not all(map(_is_divergence, found)):
+        raise CheckpointError(f"{file} is damaged: it is no list of divergences")
+    return found
+
+
+def _is_divergence(one: Any) -> bool:
+    return (
+        isinstance(one, dict)
+        and type(one.get("arm")) is str
+        and all(type(one.get(name)) is int for name in ("replicate", "epoch"))
+        and type(one.get("step", "")) in (int, type(None))
+        and type(one.get("layer", 0)) in (str, type(None))
+    )
 
 
 def truncate(path: Path, epochs: int) -> list[dict[str, Any]]:
     """Drops those of epochs after the first `epochs`; returns the others."""
-    kept = [one for one in read(path) if one["epoch"] <= epochs]
-    if (path / FILE).exists():
+    found = read(path)
+    kept = [one for one in found if one["epoch"] <= epochs]
+    if kept != found:
         rundir.write_json(path / FILE, kept)
     return kept
 

@@ -137,7 +137,7 @@ def _restore(
 def _inspect_end(made: Plan, states: States) -> None:
     """Saves what a replicate that stayed finite has become, if there is one."""
     first = processes.is_first()
-    found = metrics.finite_to_the_end(Run(made.path).metrics) if first else None
+    found = metrics.replicate_to_look_into(Run(made.path).metrics) if first else None
     replicate = processes.allgather_object(found)[0]
     if replicate is not None:
         seen = probes.at_end(made.trainer, states, replicate)

@@ -70,8 +70,7 @@ def read(path: Path, arms: Sequence[str], replicates: int) -> list[dict[str, Any
     lines = [rundir.parse(file, line) for line in content.split(b"\n")[:-1]]
     places = itertools.product(range(1, len(lines) + 1), range(replicates), arms)
     for number, (line, (epoch, replicate, arm)) in enumerate(zip(lines, places, strict=False), 1):
-        place = {"epoch": epoch, "replicate": replicate, "arm": arm}
-        if not (isinstance(line, dict) and line.items() >= place.items() and _has_numbers(line)):
+        if not _is_line(line, {"epoch": epoch, "replicate": replicate, "arm": arm}):
             raise CheckpointError(
                 f"{file} is damaged: line {number} does not hold the metrics of epoch {epoch}, "
                 f"replicate {replicate}, arm {arm}"
@@ -79,9 +78,13 @@ def read(path: Path, arms: Sequence[str], replicates: int) -> list[dict[str, Any
     return lines
 
 
-def _has_numbers(line: Mapping[str, Any]) -> bool:
-    found = [line.get(name, "") for name in (*METRICS, "seconds")]
-    return all(number is None or type(number) is float for number in found)
+def _is_line(line: Any, place: Mapping[str, Any]) -> bool:
+    return (
+        isinstance(line, dict)
+        # In Python 1 is True and 1.0 as well.
+        and all(line.get(k) == v and type(line[k]) is type(v) for k, v in place.items())
+        and all(type(line.get(k, "")) in (float, type(None)) for k in (*METRICS, "seconds"))
+    )
 
 
 def write(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -114,7 +117,7 @@ def curves(lines: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> Curves:
     }
 
 
-def finite_to_the_end(by_arm: Curves) -> int | None:
+def replicate_to_look_into(by_arm: Curves) -> int | None:
     """The replicate to look into, the first that most networks survived; None if none did any."""
     finite = np.array([np.isfinite(of_arm["train_cost"][-1]) for of_arm in by_arm.values()])
     return int(finite.sum(axis=0).argmax()) if finite.any() else None

@@ -102,7 +102,7 @@ class Run:
         """Whether the last look inside is missing, though a replicate was finite to the end."""
         if (self.path / "probes" / "end.npz").exists() or not self.epochs:
             return False
-        return metrics.finite_to_the_end(self.metrics) is not None
+        return metrics.replicate_to_look_into(self.metrics) is not None
 
     def probes(self, name: str) -> dict[str, np.ndarray] | None:
         """The arrays of `probes/NAME.npz`; None if they were not recorded.

@@ -121,7 +121,7 @@ def look_inside(run: Run, parts: Parts, styles: Styles, names: Mapping[str, str]
 
     Those that diverged in it are left out. Writes `features.png`.
     """
-    replicate = metrics.finite_to_the_end(run.metrics)
+    replicate = metrics.replicate_to_look_into(run.metrics)
     if replicate is None:
         return {}
     lasting = [
