@@ -11,8 +11,6 @@ from rich.box import SIMPLE
 from rich.console import Console, Group
 from rich.table import Table
 
-from experiments.lab.metrics import METRICS
-
 ONE_REPLICATE = "One replicate: no interval can be given; --replicates 8 would give one."
 SHOWN = {"train_cost": "train cost", "test_loss": "test loss", "test_accuracy": "test acc."}
 
@@ -47,7 +45,8 @@ def closing_table(summary: Mapping[str, Any], titles: Mapping[str, str]) -> Grou
     80 columns hold that.
     """
     few, replicates = len(titles) < 3, summary["replicates"]
-    shown = {name: name.replace("_", " ") for name in METRICS} if few else SHOWN
+    names = summary["arms"][summary["reference"]]
+    shown = {name: name.replace("_", " ") for name in names} if few else SHOWN
     finals = [
         [format_final(metric, of_arm[metric], replicates) for metric in shown]
         for of_arm in summary["arms"].values()
