@@ -162,16 +162,20 @@ def _from_idx_files(name: str, directory: Path, paths: dict[str, Path]) -> Datas
 def _read_own(name: str, file: str, path: Path) -> np.ndarray:
     """Reads a file, unless a checksum, its own or its content's, says that it is another one."""
     values = idx.read_images(path) if "images" in file else idx.read_labels(path)
-    digests = hashlib.sha256(path.read_bytes()).hexdigest(), idx.sha256(values)
-    for other, source in SOURCES.items():
-        checksums = [*source.sha256, *source.unzipped_sha256]
-        for known, sha256 in zip(FILES * 2, checksums, strict=False):
-            if sha256 in digests and (other, known) != (name, file):
-                todo = f"choose --dataset {other} or replace the file"
-                raise DataError(
-                    f"{path}: by its checksum this is {known} of {other}, expected {file} of "
-                    f"{name}: {'rename it' if other == name else todo}"
-                )
+    checksums = {
+        sha256: (other, known)
+        for other, source in SOURCES.items()
+        for known, sha256 in zip(FILES * 2, source.sha256 + source.unzipped_sha256, strict=False)
+    }
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest not in checksums:  # perhaps gzipped anew
+        digest = idx.sha256(values)
+    other, known = checksums.get(digest, (name, file))
+    if (other, known) != (name, file):
+        todo = "rename it" if other == name else f"choose --dataset {other} or replace the file"
+        raise DataError(
+            f"{path}: by its checksum this is {known} of {other}, expected {file} of {name}: {todo}"
+        )
     return values
 
 
