@@ -23,9 +23,8 @@ from flax.training import train_state
 
 from bnjax import paired
 from bnjax.data import Dataset
-from bnjax.training import Batch
 from experiments.benchmark.turns import Part, compare, take_turns
-from experiments.lab import arms, devices
+from experiments.lab import arms, devices, scratch
 from experiments.lab.presets import BOOSTCOURSE as PRESET
 
 Epoch = Callable[[], float]
@@ -61,8 +60,7 @@ def bnjax(dataset: Dataset, replicates: int = 1) -> Epoch:
     trainer = paired.Trainer(
         devices.make_placements(arms.make_arms(PRESET), "auto", replicates),
         paired.replicate_keys(PRESET.seed, replicates),
-        Batch(dataset.train_images, dataset.train_labels),
-        Batch(dataset.test_images, dataset.test_labels),
+        *scratch.batches(dataset),
         PRESET.batch_size,
     )
     epochs = trainer.epochs(trainer.initial_states(), range(1, 10**6))

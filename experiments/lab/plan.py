@@ -15,8 +15,8 @@ from bnjax.data import Dataset
 from bnjax.errors import DataWarning
 from bnjax.paired import Arm, Trainer
 from bnjax.parallel import processes
-from bnjax.training import AnyArray, Batch, create_state
-from experiments.lab import arms, devices, options, rundir
+from bnjax.training import AnyArray, create_state
+from experiments.lab import arms, devices, options, rundir, scratch
 from experiments.lab.arms import ArmSpec
 from experiments.lab.console import open_report, print_plain, show_warnings
 from experiments.lab.options import Options
@@ -128,13 +128,13 @@ def make(
     placements = devices.make_placements(made, execution.mesh, experiment.replicates)
     mesh = dict(placements[0].mesh.shape)
     _check_statistics(experiment, mesh, len(dataset.train_labels), saved)
-    train = Batch(dataset.train_images, dataset.train_labels)
+    train, test = scratch.batches(dataset)
     check_memory(made, experiment.replicates, train.images, devices.memory(placements))
     trainer = Trainer(
         placements,
         paired.replicate_keys(experiment.seed, experiment.replicates),
         train,
-        Batch(dataset.test_images, dataset.test_labels),
+        test,
         experiment.batch_size,
         experiment.drop_last,
         experiment.bn_statistics,

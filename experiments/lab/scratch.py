@@ -16,7 +16,10 @@ from experiments.lab import devices, metrics
 
 def batches(dataset: Dataset) -> tuple[Batch, Batch]:
     """The training set and the test set."""
-    return Batch(*dataset[1:3]), Batch(*dataset[3:5])
+    return (
+        Batch(dataset.train_images, dataset.train_labels),
+        Batch(dataset.test_images, dataset.test_labels),
+    )
 
 
 def head(batch: Batch, count: int | None) -> Batch:
