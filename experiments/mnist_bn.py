@@ -30,10 +30,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bnjax.errors import CheckpointError
 from bnjax.parallel import processes
 from experiments.lab import console as display
-from experiments.lab import divergences, exits, loop, metrics, plan, rundir
+from experiments.lab import exits, loop, plan, rundir
 from experiments.lab.plan import Plan
 from experiments.lab.run import Run
 
@@ -78,21 +77,16 @@ def _claim(made: Plan, stack: contextlib.ExitStack) -> None:
 
 
 def _finish(path: Path, console: Console) -> int:
-    summary = None
+    run = Run(path)
+    summary = run.summarize()
     then = f"python -m experiments.report {shlex.quote(str(path))} tries again"
     with exits.optional(console, "the report could not be drawn", then):
         from experiments import report  # matplotlib takes a third of a second
 
         with display.show_warnings(console, rundir.ReportWarning):
-            summary = report.redraw(path, ended=True)
+            report.redraw(path, ended=True)
         display.print_plain(console, f"report: {path / 'report.html'}")
-    run = Run(path)
-    if summary is None:
-        if not run.lines:
-            raise CheckpointError(f"{path} does not hold the run any more")
-        marks = divergences.read(path)
-        summary = {**metrics.summarize(run.metrics, run.reference), "divergences": marks}
-        rundir.write_json(path / "summary.json", summary)
+    rundir.write_json(path / "summary.json", summary)
     console.print(display.closing_table(summary, run.titles))
     diverged = [arm for arm in run.arms if summary["arms"][arm]["train_cost"]["n"] == 0]
     for arm in diverged:

@@ -24,10 +24,10 @@ from rich.console import Console
 from bnjax.data import Dataset
 from bnjax.errors import CheckpointError
 from bnjax.names import choose
-from experiments.lab import arms, devices, exits, results, rundir
+from experiments.lab import arms, exits, results, rundir
 from experiments.lab.cells import METRIC, SETTING, CellResult, SweepCell, summarize_cell, train
 from experiments.lab.console import format_final, format_summary, print_plain
-from experiments.lab.plan import check_memory, load_data
+from experiments.lab.plan import load_data, place_arms
 from experiments.lab.presets import PRESETS, Experiment
 
 PROG = "python -m experiments.sweep"
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results.set_up_jax()
             groups = config.groups()
             for group in groups:
-                _check(group, dataset)
+                place_arms(group[0], dataset, cells=len(group))
         with results.directory(path, config.resolved(), config, dataset):
             again.extend(results.command(PROG, config))
             labels = {spec.name: spec.label for spec in arms.choose(groups[0][0])}
@@ -144,16 +144,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exits.run(command, lambda: again)
 
 
-def _check(group: Sequence[Experiment], dataset: Dataset) -> None:
-    """Refuses cells that the data or the memory are too small for, and arms that cannot be."""
-    made = arms.make_arms(group[0])
-    group[0].check_against(dataset)
-    arms.check_sizes(group[0], len(dataset.train_labels))
-    count = len(group) * group[0].replicates
-    memory = devices.memory(devices.make_placements(made, "auto", count))
-    check_memory(made, count, dataset.train_images, memory)
-
-
 def _train_once(path: Path, group: Sequence[Experiment], dataset: Dataset) -> list[SweepCell]:
     """The cells of a group, read where they are there already."""
     file = path / "cells" / f"{group[0].activation}-{group[0].batch_size}.json"
@@ -161,7 +151,7 @@ def _train_once(path: Path, group: Sequence[Experiment], dataset: Dataset) -> li
         file.parent.mkdir(exist_ok=True)
         trained = [rundir.null_for_nan(cell._asdict()) for cell in train(group, dataset)]
         rundir.write_json(file, {"cells": trained})
-    saved = rundir.read_object(file, ["cells"])["cells"]
+    saved = rundir.read_object(file, {"cells": list})["cells"]
     with contextlib.suppress(TypeError):
         cells = [SweepCell(**rundir.nan_for_null(one)) for one in saved]
         if [cell[:3] for cell in cells] == [SETTING(one) for one in group]:

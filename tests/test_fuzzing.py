@@ -26,7 +26,7 @@ from bnjax.parallel.mesh import AXES, parse_mesh
 from bnjax.torch_interop import from_torch, to_torch
 from experiments import mnist_bn, report
 from experiments.lab import metrics, rundir
-from experiments.lab.presets import PRESETS, Experiment
+from experiments.lab.presets import PRESETS, Experiment, from_json
 
 HUGE = 2**32 - 1
 MARKUP = "a<script>alert('&\"')</script><img src=x onerror=y>{{ 7 * 7 }}b"
@@ -214,7 +214,7 @@ class TestExperiment:
     @given(st.one_of(mutated_experiments(), st.dictionaries(st.text(), JSON)))
     def test_is_loaded_as_it_was_saved_or_refused(self, values):
         try:
-            experiment = Experiment.load(values)
+            experiment = from_json(Experiment, values)
         except (ValueError, TypeError) as error:
             assert_one_sentence(error)
         else:
@@ -243,7 +243,7 @@ class TestExperiment:
     )
     def test_makes_the_round_trip(self, preset, values):
         experiment = dataclasses.replace(preset, **values)
-        assert Experiment.load(saved(experiment)) == experiment
+        assert from_json(Experiment, saved(experiment)) == experiment
 
 
 CONFIG = {

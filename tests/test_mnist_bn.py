@@ -34,7 +34,7 @@ from bnjax.training import Batch
 from experiments import report
 from experiments.lab import Run, devices, divergences, metrics, rundir
 from experiments.lab.options import Execution
-from experiments.lab.presets import DEEP10, NOTEBOOKS, Experiment
+from experiments.lab.presets import DEEP10, NOTEBOOKS, Experiment, from_json
 
 pytestmark = pytest.mark.usefixtures("cache_home")
 
@@ -140,7 +140,7 @@ class TestRunDirectory:
 
     def test_config_holds_the_resolved_settings(self, finished):
         config = rundir.read_config(finished.path)
-        assert Experiment.load(config["experiment"]) == dataclasses.replace(
+        assert from_json(Experiment, config["experiment"]) == dataclasses.replace(
             DEEP10,
             reference="no_bn",
             dataset="digits",
@@ -265,7 +265,7 @@ class TestReport:
 
     def test_holds_what_was_published_and_its_errata(self, page):
         text = plain(page.text)
-        source, published, errata = NOTEBOOKS["deep10"]
+        source, published, errata = NOTEBOOKS["deep10"].values()
         assert errata
         assert all(told in text for told in (*published, *errata, source))
 

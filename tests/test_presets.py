@@ -14,7 +14,15 @@ from bnjax.data import Dataset
 from experiments.lab import options
 from experiments.lab.arms import make_arms
 from experiments.lab.options import Execution
-from experiments.lab.presets import BOOSTCOURSE, DEEP10, LAB10, NOTEBOOKS, PRESETS, Experiment
+from experiments.lab.presets import (
+    BOOSTCOURSE,
+    DEEP10,
+    LAB10,
+    NOTEBOOKS,
+    PRESETS,
+    Experiment,
+    from_json,
+)
 
 EVERYWHERE = {
     "arms": ("bn", "no_bn"),
@@ -42,8 +50,8 @@ CHANGED = [
 
 
 def parse(*arguments: str) -> options.Options:
-    preset, _ = options.preset_and_resume(arguments)
-    return options.parse(arguments, options.preset_defaults(preset), "program", "description")
+    chosen, _ = options.read(arguments, "program", "description")
+    return chosen
 
 
 def dataset(examples: int) -> Dataset:
@@ -108,7 +116,7 @@ class TestPresets:
         ],
     )
     def test_published_numbers(self, preset, numbers):
-        told = " ".join(NOTEBOOKS[preset].published)
+        told = " ".join(NOTEBOOKS[preset]["published"])
         assert all(number in told for number in numbers)
 
     @pytest.mark.parametrize(
@@ -124,7 +132,9 @@ class TestPresets:
         ],
     )
     def test_errata(self, preset, words):
-        assert any(all(word in erratum for word in words) for erratum in NOTEBOOKS[preset].errata)
+        assert any(
+            all(word in erratum for word in words) for erratum in NOTEBOOKS[preset]["errata"]
+        )
 
     @pytest.mark.parametrize("name", PRESETS)
     def test_frozen(self, name):
@@ -204,13 +214,13 @@ class TestSaving:
     def test_saved_experiments_load(self, preset, change):
         experiment = dataclasses.replace(PRESETS[preset], **change)
         values = dataclasses.asdict(experiment)
-        loaded = Experiment.load(json.loads(json.dumps(values)))
+        loaded = from_json(Experiment, json.loads(json.dumps(values)))
         assert loaded == experiment
 
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"momentum": 0.9}, "this version differ in: momentum"),
+            ({"momentum": 0.9}, "this version differ in 'momentum'"),
             ({"preset": "lab11"}, "did you mean 'lab10'"),
             ({"matmul_precision": "float23"}, "did you mean 'float32'"),
             ({"epochs": 0}, "epochs is 0"),
@@ -218,13 +228,13 @@ class TestSaving:
     )
     def test_others_do_not(self, change, message):
         with pytest.raises(ValueError, match=message):
-            Experiment.load({**dataclasses.asdict(LAB10), **change})
+            from_json(Experiment, {**dataclasses.asdict(LAB10), **change})
 
     def test_missing_settings_are_named(self):
         values = dataclasses.asdict(LAB10)
         del values["seed"], values["epochs"]
-        with pytest.raises(ValueError, match="differ in: epochs, seed"):
-            Experiment.load(values)
+        with pytest.raises(ValueError, match="differ in 'epochs', 'seed'"):
+            from_json(Experiment, values)
 
 
 class TestAgainstTheData:

@@ -77,7 +77,7 @@ def draw(what: str, evidence: Evidence) -> Figure:
 COST = Claim(
     id="boostcourse-costs",
     statement="The training costs that the boostcourse notebook prints are what its networks cost.",
-    source=NOTEBOOKS["boostcourse"].source,
+    source=NOTEBOOKS["boostcourse"]["source"],
     setup="784-32-32-512, Adam 1e-3, batches of 100, 15 epochs: the preset boostcourse.",
     criterion="The costs of the first and the last epoch lie within the 95 % prediction "
     "interval of the replicates, mean ± t sd sqrt(1 + 1 / n). The figure shows all thirty.",
@@ -97,7 +97,7 @@ ACCURACY = Claim(
     id="deep10-accuracy",
     statement="The test accuracies that the post on ten hidden layers prints are what its "
     "networks reach.",
-    source=NOTEBOOKS["deep10"].source,
+    source=NOTEBOOKS["deep10"]["source"],
     setup="Ten hidden layers of 64, Adam 1e-3, batches of 64, 9 epochs: the preset deep10.",
     criterion="They lie within the 95 % prediction interval of the replicates, mean ± "
     "t sd sqrt(1 + 1 / n).",

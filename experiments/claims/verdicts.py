@@ -17,6 +17,7 @@ from experiments.report import figures
 from experiments.report.page import png_uri, render
 
 EVIDENCE = "evidence.json"
+TYPES = {"measured": dict, "picture": dict, "incomparable": str, "seconds": float}
 
 
 def listing(claims: Iterable[Claim]) -> Table:
@@ -41,9 +42,7 @@ def save(path: Path, claim: Claim, evidence: Evidence, seconds: float) -> None:
 
 def read(path: Path, claim: Claim) -> dict[str, Any]:
     """What the page shows of a claim that has evidence, but for its picture."""
-    content = rundir.nan_for_null(
-        rundir.read_object(path / claim.id / EVIDENCE, [*Evidence._fields, "seconds"])
-    )
+    content = rundir.nan_for_null(rundir.read_object(path / claim.id / EVIDENCE, TYPES))
     seconds = content.pop("seconds")
     evidence = Evidence(**content)
     verdict, each = judge(claim, evidence)

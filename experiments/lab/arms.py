@@ -83,10 +83,7 @@ FAMILIES: dict[str, tuple[Callable[[int], ArmSpec], int, str]] = {
 
 
 def find(name: str, own: Sequence[ArmSpec] = ()) -> ArmSpec:
-    """The arm of that name, one's own before those of the table.
-
-    Raises:
-        ValueError: if there is none, with the nearest name.
+    """The arm of that name, one's own before those of the table; an error names the nearest.
 
     Example:
         >>> find("ghost_bn(25)").label
@@ -104,11 +101,7 @@ def find(name: str, own: Sequence[ArmSpec] = ()) -> ArmSpec:
 
 
 def choose(experiment: Experiment, own: Sequence[ArmSpec] = ()) -> list[ArmSpec]:
-    """The arms of an experiment, in its order.
-
-    Raises:
-        ValueError: if one is unknown, or named twice, or none is the reference.
-    """
+    """The arms of an experiment, in its order; each once, and the reference among them."""
     if len(set(experiment.arms)) < max(1, len(experiment.arms)):
         raise ValueError(f"arms are {' '.join(experiment.arms)}: expected each of them once")
     specs = [find(name, own) for name in experiment.arms]
@@ -124,12 +117,7 @@ def choose(experiment: Experiment, own: Sequence[ArmSpec] = ()) -> list[ArmSpec]
 def check_sizes(experiment: Experiment, examples: int) -> None:
     """Refuses ghost batches that do not divide a batch, and groups that do not divide a width.
 
-    Args:
-        experiment: whose arms, batch size and hidden layers.
-        examples: in the training set.
-
-    Raises:
-        ValueError: naming the nearest arm that is possible.
+    The batches are those of so many training examples; an error names the nearest possible arm.
     """
     last = 0 if experiment.drop_last else examples % experiment.batch_size
     whole = {"batch": (experiment.batch_size, last), "width": experiment.hidden_sizes}
@@ -148,11 +136,7 @@ def check_sizes(experiment: Experiment, examples: int) -> None:
 
 
 def make_arms(experiment: Experiment, own: Sequence[ArmSpec] = ()) -> tuple[Arm, ...]:
-    """The networks of an experiment, each with Adam.
-
-    Raises:
-        ValueError: as `choose`.
-    """
+    """The networks of an experiment, each with Adam."""
     specs = choose(experiment, own)
     return tuple(
         Arm(spec.name, spec.make(experiment), _adam(experiment.learning_rate)) for spec in specs

@@ -62,8 +62,7 @@ def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 def read(path: Path, arms: Sequence[str], replicates: int) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl` but for a torn last one; none if it does not exist yet.
 
-    Raises:
-        CheckpointError: if they are not those of epochs from 1, each of every replicate and arm.
+    They must be those of epochs from 1, each of every replicate and arm.
     """
     file = path / "metrics.jsonl"
     content = file.read_bytes() if file.exists() else b""

@@ -12,16 +12,13 @@ import tyro
 
 from bnjax.names import choose
 from bnjax.parallel.mesh import parse_mesh
-from experiments.lab.presets import PRESETS, Experiment, check_saved
+from experiments.lab import rundir
+from experiments.lab.presets import PRESETS, Experiment, from_json
 
 
 @dataclass(frozen=True)
 class Execution:
-    """Everything about a run that does not decide its numbers.
-
-    Raises:
-        ValueError: if a value is not usable, in one sentence.
-    """
+    """Everything about a run that does not decide its numbers."""
 
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where the dataset's IDX files are, gzipped or not, flat or as torchvision arranges them,
@@ -83,21 +80,9 @@ class Execution:
 
     def saved(self) -> dict[str, Any]:
         """What a configuration keeps: not what belongs to one start alone."""
-        start = ("distributed", "coordinator", "num_processes", "process_id", "open")
-        values = dataclasses.asdict(self) | {name: getattr(Execution, name) for name in start}
-        return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
-
-    @classmethod
-    def load(cls, values: Mapping[str, Any], resume: Path) -> "Execution":
-        """What a saved run used, to be resumed in `resume`.
-
-        Raises:
-            ValueError: if fields are missing, unknown or not usable.
-        """
-        values = check_saved(cls, values)
-        data_dir = values["data_dir"]
-        places = {"data_dir": Path(data_dir) if data_dir else None, "out": None, "resume": resume}
-        return cls(**{**values, **places})
+        kept = ("data_dir", "mesh", "feature_digit", "cache", "progress")
+        values = dataclasses.asdict(Execution()) | {name: getattr(self, name) for name in kept}
+        return {**values, "data_dir": self.data_dir and str(self.data_dir)}
 
 
 @dataclass(frozen=True)
@@ -108,18 +93,28 @@ class Options:
     execution: Execution
 
 
-def preset_and_resume(arguments: Sequence[str]) -> tuple[str, Path | None]:
-    """What the command line says about its own defaults: a preset's name, a run to resume."""
+def read(
+    arguments: Sequence[str], prog: str, description: str
+) -> tuple[Options, dict[str, Any] | None]:
+    """The command line over the defaults of its preset, or of the run that it resumes.
+
+    Returns:
+        The options, and the configuration of a run that is resumed. After a usage error, or the
+        help, tyro ends the program.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", nargs="?")
     parser.add_argument("--resume", nargs="?", type=Path)
     first, _ = parser.parse_known_args(arguments)
-    return first.preset or Experiment.preset, first.resume
-
-
-def parse(arguments: Sequence[str], defaults: Options, prog: str, description: str) -> Options:
-    """Reads the command line over `defaults`; tyro ends the program on a usage error, with 2."""
-    return tyro.cli(
+    resume = first.resume and rundir.expand(first.resume)
+    if resume:
+        saved = rundir.read_config(resume)
+        defaults = _saved_options(saved, resume)
+    else:
+        saved = None
+        preset = choose("preset", first.preset or Experiment.preset, PRESETS)
+        defaults = Options(PRESETS[preset], Execution())
+    chosen = tyro.cli(
         Options,
         args=list(arguments),
         default=defaults,
@@ -127,15 +122,32 @@ def parse(arguments: Sequence[str], defaults: Options, prog: str, description: s
         description=description,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
+    if resume:
+        _check_resumable(defaults, chosen, resume)
+        chosen = Options(chosen.experiment, dataclasses.replace(chosen.execution, resume=resume))
+    return chosen, saved
 
 
-def preset_defaults(preset: str) -> Options:
-    """The defaults that a preset brings.
+def _saved_options(saved: Mapping[str, Any], resume: Path) -> Options:
+    try:
+        execution = from_json(Execution, saved["execution"])
+        data_dir = execution.data_dir and Path(execution.data_dir)
+        execution = dataclasses.replace(execution, data_dir=data_dir, resume=resume)
+        return Options(from_json(Experiment, saved["experiment"]), execution)
+    except ValueError as error:
+        raise ValueError(f"{resume / 'config.json'} cannot be used: {error}") from error
 
-    Raises:
-        ValueError: if there is no such preset.
-    """
-    return Options(PRESETS[choose("preset", preset, PRESETS)], Execution())
+
+def _check_resumable(before: Options, after: Options, path: Path) -> None:
+    changed = changes(before.experiment, after.experiment)
+    old, new = changed.pop("epochs", (0, 0))
+    if new < old:
+        raise ValueError(f"{path} was started for {old} epochs: epochs may only grow, not {new}")
+    if changed:
+        told = ", ".join(f"{name} was {a}, now {b}" for name, (a, b) in changed.items())
+        raise ValueError(f"{path} cannot go on with other settings: {told}")
+    if after.execution.feature_digit != before.execution.feature_digit:
+        raise ValueError(f"{path} records another test digit: --feature-digit cannot change")
 
 
 def changes(before: Experiment, after: Experiment) -> dict[str, tuple[Any, Any]]:
@@ -177,7 +189,7 @@ def repeat(config: Mapping[str, Any]) -> str:
 
     Statistics of each device's own examples depend on the mesh, which is then part of it.
     """
-    experiment = Experiment.load(config["experiment"])
+    experiment = from_json(Experiment, config["experiment"])
     words = [command(experiment)]
     if config["execution"].get("data_dir"):
         words.append("--data-dir DIR")

@@ -13,9 +13,9 @@ from rich.console import Console
 from bnjax import data, paired
 from bnjax.data import Dataset
 from bnjax.errors import DataWarning
-from bnjax.paired import Arm, Trainer
+from bnjax.paired import Placement, Trainer
 from bnjax.parallel import processes
-from bnjax.training import AnyArray, create_state
+from bnjax.training import create_state
 from experiments.lab import arms, devices, options, rundir, scratch
 from experiments.lab.arms import ArmSpec
 from experiments.lab.console import open_report, print_plain, show_warnings
@@ -37,17 +37,9 @@ class Plan:
 def prepare(arguments: Sequence[str], prog: str, description: str, console: Console) -> Plan | None:
     """Reads the command line, loads the data and checks everything; None if nothing is left to do.
 
-    Args:
-        arguments: the command line, without the program.
-        prog: the program, for its help.
-        description: what the help begins with.
-        console: where to note what the user should know.
-
-    Raises:
-        ValueError: with one sentence for the user.
-        SystemExit: with status 2 after tyro has shown a usage error, with 0 after the help.
+    The first three arguments are those of `options.read`.
     """
-    chosen, saved = _read_options(arguments, prog, description)
+    chosen, saved = options.read(arguments, prog, description)
     if chosen.execution.distributed:
         _join(chosen, console)
     if resume := chosen.execution.resume:
@@ -60,8 +52,7 @@ def prepare(arguments: Sequence[str], prog: str, description: str, console: Cons
                 open_report(resume)
             return None
     plan = processes.run_on_all(partial(make, chosen, console, saved=saved))
-    mesh = dict(plan.trainer.placements[0].mesh.shape)
-    processes.check_same({"data": plan.config["dataset"], "mesh": mesh})
+    processes.check_same({"data": plan.config["dataset"], "mesh": _mesh_of(plan.trainer)})
     return dataclasses.replace(plan, path=Path(processes.allgather_object(str(plan.path))[0]))
 
 
@@ -101,9 +92,6 @@ def make(
         console: where to note what the user should know.
         own: arms of one's own among those of the experiment.
         saved: the configuration of the run that is resumed.
-
-    Raises:
-        ValueError: with one sentence for the user.
     """
     experiment, execution = chosen.experiment.resolved(), chosen.execution
     out = execution.out and rundir.expand(execution.out)
@@ -112,8 +100,6 @@ def make(
     specs = arms.choose(experiment, own)
 
     dataset = load_data(experiment.dataset, execution.data_dir, console)
-    experiment.check_against(dataset)
-    arms.check_sizes(experiment, len(dataset.train_labels))
     found = describe_data(dataset, saved["dataset"]["requested"] if saved else experiment.dataset)
     if saved and saved["dataset"]["sha256"] != found["sha256"]:
         raise ValueError(
@@ -121,25 +107,19 @@ def make(
             f"SHA-256 {saved['dataset']['sha256']}, this {found['name']} has {found['sha256']}"
         )
 
-    if execution.cache and (cache := data.cache_directory()):
-        devices.enable_compilation_cache(cache / "programs")
-    jax.config.update("jax_default_matmul_precision", experiment.matmul_precision)
-    made = arms.make_arms(experiment, own)
-    placements = devices.make_placements(made, execution.mesh, experiment.replicates)
-    mesh = dict(placements[0].mesh.shape)
-    _check_statistics(experiment, mesh, len(dataset.train_labels), saved)
-    train, test = scratch.batches(dataset)
-    check_memory(made, experiment.replicates, train.images, devices.memory(placements))
+    set_up_jax(experiment, execution.cache)
     trainer = Trainer(
-        placements,
+        place_arms(experiment, dataset, execution.mesh, own=own),
         paired.replicate_keys(experiment.seed, experiment.replicates),
-        train,
-        test,
+        *scratch.batches(dataset),
         experiment.batch_size,
         experiment.drop_last,
         experiment.bn_statistics,
         experiment.shared_init,
     )
+    mesh = _mesh_of(trainer)
+    if experiment.bn_statistics == "local":
+        _check_local(experiment, mesh, len(dataset.train_labels), saved)
     path = execution.resume or out or rundir.default_path(experiment.preset, dataset.name)
     data_dir = execution.data_dir and rundir.expand(execution.data_dir).absolute()
     experiment = dataclasses.replace(experiment, dataset=dataset.name)
@@ -156,87 +136,76 @@ def make(
     return Plan(Options(experiment, execution), config, path, trainer)
 
 
-def _read_options(
-    arguments: Sequence[str], prog: str, description: str
-) -> tuple[Options, dict[str, Any] | None]:
-    preset, resume = options.preset_and_resume(arguments)
-    if not resume:
-        return options.parse(arguments, options.preset_defaults(preset), prog, description), None
-    resume = rundir.expand(resume)
-    saved = rundir.read_config(resume)
-    try:
-        before = Experiment.load(saved["experiment"])
-        defaults = Options(before, options.Execution.load(saved["execution"], resume))
-    except ValueError as error:
-        raise ValueError(f"{resume / 'config.json'} cannot be used: {error}") from error
-    chosen = options.parse(arguments, defaults, prog, description)
-    _check_resumable(before, chosen.experiment, resume)
-    if chosen.execution.feature_digit != defaults.execution.feature_digit:
-        raise ValueError(f"{resume} records another test digit: --feature-digit cannot change")
-    return Options(chosen.experiment, dataclasses.replace(chosen.execution, resume=resume)), saved
+def set_up_jax(experiment: Experiment, cache: bool = True) -> None:
+    """Computes in the experiment's precision, and keeps compiled programs for the next run."""
+    if cache and (directory := data.cache_directory()):
+        devices.enable_compilation_cache(directory / "programs")
+    jax.config.update("jax_default_matmul_precision", experiment.matmul_precision)
+
+
+def _mesh_of(trainer: Trainer) -> dict[str, int]:
+    return dict(trainer.placements[0].mesh.shape)
 
 
 def describe_data(dataset: Dataset, requested: str) -> dict[str, str]:
     """What a configuration keeps of the data."""
-    return {
-        "name": dataset.name,
-        "sha256": data.fingerprint(dataset),
-        "requested": requested,
-    }
+    return {"name": dataset.name, "sha256": data.fingerprint(dataset), "requested": requested}
 
 
-def check_memory(made: Sequence[Arm], replicates: int, images: AnyArray, available: int) -> None:
-    """Refuses what cannot fit, before a system without memory ends the program without a word.
+def place_arms(
+    experiment: Experiment,
+    dataset: Dataset,
+    mesh: str = "auto",
+    *,
+    cells: int = 1,
+    own: Sequence[ArmSpec] = (),
+) -> list[Placement]:
+    """The arms of an experiment on devices, for all replicates of so many cells of a sweep.
 
-    A training state is there about three times: before and after a step, and as the checkpoint on
-    its way to the disk.
-
-    Raises:
-        ValueError: if more than `available` bytes are needed.
+    Refuses also what cannot fit, before a system without memory ends the program without a word. A
+    training state is there about three times: before and after a step, and as the checkpoint on its
+    way to the disk.
     """
-    key = jax.random.key(0)
+    made, count = arms.make_arms(experiment, own), cells * experiment.replicates
+    experiment.check_against(dataset)
+    arms.check_sizes(experiment, len(dataset.train_labels))
+    placements = devices.make_placements(made, mesh, count)
+    key, images = jax.random.key(0), dataset.train_images[:2]
     states = [
-        jax.eval_shape(partial(create_state, arm.module, arm.optimizer), key, images[:2])
+        jax.eval_shape(partial(create_state, arm.module, arm.optimizer), key, images)
         for arm in made
     ]
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states))
-    if (needed := 3 * replicates * size) > available:
+    if (needed := 3 * count * size) > (available := devices.memory(placements)):
         raise ValueError(
             f"out of memory: these settings need about {needed / 1e9:.3g} GB and there are "
             f"{available / 1e9:.3g} GB; choose smaller --hidden-sizes, a smaller --batch-size or "
             "fewer --replicates"
         )
+    return placements
 
 
-def _check_statistics(
+def _check_local(
     experiment: Experiment, mesh: dict[str, int], examples: int, saved: dict[str, Any] | None
 ) -> None:
-    if experiment.bn_statistics == "global":
-        return
-    experiment.check_local(mesh["data"], examples)
+    """Local statistics want equal parts of two examples or more, and the same in all epochs."""
+    count, size = mesh["data"], experiment.batch_size
+    last = 0 if experiment.drop_last else examples % size
+    for batch in (size, last or size):
+        if batch % count or batch < 2 * count:
+            raise ValueError(
+                f"bn_statistics local: a batch of {batch} cannot be dealt to {count} devices in "
+                "equal parts of two or more; choose another --batch-size, --mesh or --drop-last"
+            )
     before = saved.get("mesh") if saved else mesh
-    if not isinstance(before, dict) or before.get("data") != mesh["data"]:
+    if not isinstance(before, dict) or before.get("data") != count:
         raise ValueError(
             f"local statistics depend on how many devices share a batch: the run had the mesh "
             f"{before}, now it is {mesh}; choose a --mesh with the same data"
         )
 
 
-def _check_resumable(before: Experiment, after: Experiment, path: Path) -> None:
-    changed = options.changes(before, after)
-    old, new = changed.pop("epochs", (0, 0))
-    if new < old:
-        raise ValueError(f"{path} was started for {old} epochs: epochs may only grow, not {new}")
-    if changed:
-        told = ", ".join(f"{name} was {a}, now {b}" for name, (a, b) in changed.items())
-        raise ValueError(f"{path} cannot go on with other settings: {told}")
-
-
 def load_data(name: str, directory: Path | None, console: Console) -> Dataset:
-    """The dataset, and on the console what the user should know about it.
-
-    Raises:
-        ValueError: as `bnjax.data.load`.
-    """
+    """The dataset, and on the console what the user should know about it."""
     with show_warnings(console, DataWarning):
         return data.load(name, directory and rundir.expand(directory))

@@ -3,10 +3,10 @@
 import dataclasses
 import math
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -21,14 +21,12 @@ PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
 
 NAMES = ("boostcourse", "lab10", "deep10")
 
+Settings = TypeVar("Settings")
+
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything that decides the numbers of a run.
-
-    Raises:
-        ValueError: if a value is not usable, in one sentence.
-    """
+    """Everything that decides the numbers of a run."""
 
     preset: Annotated[str, tyro.conf.arg(metavar="|".join(NAMES))] = "boostcourse"
     """The notebook to re-run; its settings become the defaults of all other flags."""
@@ -109,7 +107,7 @@ class Experiment:
                 f"no_bn_init is {self.no_bn_init}, but shared_init starts all networks from what "
                 "bn_init draws: choose one of the two"
             )
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+        if not 0 < self.learning_rate < math.inf:
             raise ValueError(
                 f"learning_rate is {self.learning_rate}: expected a positive finite number"
             )
@@ -122,12 +120,7 @@ class Experiment:
         return dataclasses.replace(self, reference=self.reference or default)
 
     def check_against(self, dataset: Dataset) -> None:
-        """Checks what only the data can tell.
-
-        Raises:
-            ValueError: if a batch is larger than the training set, or its last batch would hold
-                a single example.
-        """
+        """Refuses a batch larger than the training set, and a last batch of a single example."""
         examples = len(dataset.train_labels)
         if self.batch_size > examples:
             raise ValueError(
@@ -141,58 +134,27 @@ class Experiment:
                 "--drop-last"
             )
 
-    def check_local(self, data: int, examples: int) -> None:
-        """Checks that local statistics find the same number of examples, two at least, everywhere.
 
-        Args:
-            data: devices that share a batch.
-            examples: in the training set.
+def from_json(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """The settings that were saved as `values`, a dataclass of this kind; JSON has no tuples.
 
-        Raises:
-            ValueError: if they do not.
-        """
-        last = 0 if self.drop_last else examples % self.batch_size
-        for size in {self.batch_size, last or self.batch_size}:
-            if size % data or size < 2 * data:
-                raise ValueError(
-                    f"bn_statistics local: a batch of {size} cannot be dealt to {data} devices in "
-                    "equal parts of two or more; choose another --batch-size, --mesh or --drop-last"
-                )
-
-    @classmethod
-    def load(cls, values: Mapping[str, Any]) -> "Experiment":
-        """The experiment whose fields were saved as `values`.
-
-        Raises:
-            ValueError: if fields are missing, unknown or not usable.
-        """
-        return cls(**check_saved(cls, values))
-
-
-def check_saved(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a dataclass of settings as they were before JSON, which has no tuples.
-
-    Raises:
-        ValueError: if fields are missing, unknown or of another type than their defaults.
+    All fields must be there, and no others, each of the type of its default.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
-    if set(defaults) != set(values):
-        different = ", ".join(
-            name if name.isidentifier() else repr(name)
-            for name in sorted(set(defaults) ^ set(values))
-        )
-        raise ValueError(f"the saved settings and this version differ in: {different}")
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if different := sorted(defaults.keys() ^ values.keys()):
+        told = ", ".join(map(repr, different))
+        raise ValueError(f"the saved settings and this version differ in {told}")
+    found = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     for name, default in defaults.items():
-        if not _is_like(default, values[name]):
+        expected = {str, type(None)} if default is None else _types(default)
+        alike = isinstance(found[name], tuple) == isinstance(default, tuple)
+        if not (alike and _types(found[name]) <= expected):
             raise ValueError(f"the saved {name} is {values[name]!r:.40}: not a value of this field")
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return kind(**found)
 
 
-def _is_like(default: Any, value: Any) -> bool:
-    if isinstance(default, tuple):
-        kind = type(default[0])
-        return isinstance(value, list | tuple) and all(type(item) is kind for item in value)
-    return type(value) in ((str, type(None)) if default is None else (type(default),))
+def _types(value: Any) -> set[type]:
+    return {type(item) for item in (value if isinstance(value, tuple) else (value,))}
 
 
 def _check_range(name: str, value: int, least: int, why: str = "") -> None:
@@ -214,18 +176,7 @@ DEEP10 = Experiment("deep10", epochs=9, batch_size=64, drop_last=False, hidden_s
 
 PRESETS = dict(zip(NAMES, (BOOSTCOURSE, LAB10, DEEP10), strict=True))
 
-
-class Notebook(NamedTuple):
-    """What a preset re-runs: where it was published, the figures that it prints, its errata."""
-
-    source: str
-    published: Sequence[str]
-    errata: Sequence[str]
-
-
-NOTEBOOKS = {
-    name: Notebook(**values)
-    for name, values in tomllib.loads(
-        Path(__file__).with_name("notebooks.toml").read_text(encoding="utf-8")
-    ).items()
-}
+# What presets re-run: where it was published, the figures that it prints, its errata.
+NOTEBOOKS: dict[str, dict[str, Any]] = tomllib.loads(
+    Path(__file__).with_name("notebooks.toml").read_text(encoding="utf-8")
+)

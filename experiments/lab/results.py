@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import tyro
 
 from bnjax import data
 from bnjax.data import Dataset
-from experiments.lab import devices, exits, rundir
+from experiments.lab import devices, exits, plan, rundir
 from experiments.lab.options import flags
-from experiments.lab.plan import describe_data
 from experiments.lab.presets import Experiment
 
 
@@ -36,11 +34,9 @@ class CommonConfig:
 
 
 def set_up_jax() -> None:
-    """Computes as runs do: on every core, in float32, with programs compiled before."""
+    """As runs do, on every core."""
     devices.set_cpu_devices()
-    if cache := data.cache_directory():
-        devices.enable_compilation_cache(cache / "programs")
-    jax.config.update("jax_default_matmul_precision", Experiment.matmul_precision)
+    plan.set_up_jax(Experiment())
 
 
 @contextmanager
@@ -49,18 +45,10 @@ def directory(
 ) -> Iterator[None]:
     """Keeps a directory of results to this command: a new one, or one of the same settings.
 
-    Args:
-        path: of the directory.
-        decisive: the settings that decide the results.
-        config: all settings.
-        dataset: what is trained on.
-
-    Raises:
-        UserError: if something else is there, or results with other settings.
-        CheckpointError: if another process has it.
+    Of all settings, `decisive` are those that decide the results.
     """
     origin = {**rundir.provenance(), **devices.describe()}
-    found = describe_data(dataset, config.dataset)
+    found = plan.describe_data(dataset, config.dataset)
     with exits.user_errors():
         data_dir = config.data_dir and str(rundir.expand(config.data_dir).absolute())
         if new := not (path / "config.json").exists():

@@ -14,10 +14,10 @@ from flax.traverse_util import unflatten_dict
 from bnjax import checkpoint
 from bnjax.errors import CheckpointError
 from experiments.lab import arms as table
-from experiments.lab import metrics, rundir
+from experiments.lab import divergences, metrics, rundir
 from experiments.lab.arms import ArmSpec
 from experiments.lab.metrics import Curves
-from experiments.lab.presets import Experiment
+from experiments.lab.presets import Experiment, from_json
 
 
 class Arrays(dict[str, np.ndarray]):
@@ -44,6 +44,10 @@ class Run:
         labels: `{arm: label}` for pictures.
         titles: `{arm: title}` for tables and sentences.
 
+    Raises:
+        ValueError: if it has no such arm or replicate, or an arm of one's own was not given.
+        CheckpointError: if a file is missing, damaged, or of another version.
+
     Example:
         run = Run("runs/first")
         model, variables = run.model("bn"), run.variables("bn")
@@ -51,20 +55,12 @@ class Run:
     """
 
     def __init__(self, path: Path | str, own: Sequence[ArmSpec] = ()) -> None:
-        """Opens a run, ended or not.
-
-        Args:
-            path: of the directory.
-            own: arms of one's own among those of the run, for `model`.
-
-        Raises:
-            CheckpointError: if it is no run, damaged, or of another version.
-        """
+        """Opens a run, ended or not; `own` are arms of one's own among its arms, for `model`."""
         self.path = rundir.expand(Path(path))
         self.config = rundir.read_config(self.path)
         self._own = own
         try:
-            self.experiment = Experiment.load(self.config["experiment"])
+            self.experiment = from_json(Experiment, self.config["experiment"])
             self.arms = self.experiment.arms
             self.reference = str(self.experiment.reference)
             shown: Mapping[str, Mapping[str, str]] = self.config["arms"]
@@ -80,11 +76,7 @@ class Run:
 
     @cached_property
     def lines(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`.
-
-        Raises:
-            CheckpointError: if they are damaged.
-        """
+        """The lines of `metrics.jsonl`."""
         return metrics.read(self.path, self.arms, self.experiment.replicates)
 
     @cached_property
@@ -97,6 +89,13 @@ class Run:
         """How many epochs are recorded in full."""
         return len(self.metrics[self.reference]["train_cost"])
 
+    def summarize(self) -> dict[str, Any]:
+        """The content of `summary.json`."""
+        if not self.epochs:
+            raise CheckpointError(f"{self.path} has no epoch yet: let it run")
+        summary = metrics.summarize(self.metrics, self.reference)
+        return {**summary, "divergences": divergences.read(self.path)}
+
     @property
     def lacks_end(self) -> bool:
         """Whether the last look inside is missing, though a replicate was finite to the end."""
@@ -105,11 +104,7 @@ class Run:
         return metrics.replicate_to_look_into(self.metrics) is not None
 
     def probes(self, name: str) -> dict[str, np.ndarray] | None:
-        """The arrays of `probes/NAME.npz`; None if they were not recorded.
-
-        Raises:
-            CheckpointError: if the file is damaged, and later where it lacks what is asked for.
-        """
+        """The arrays of `probes/NAME.npz`; None if they were not recorded."""
         file = self.path / "probes" / f"{name}.npz"
         if not file.exists():
             return None
@@ -121,21 +116,11 @@ class Run:
             raise CheckpointError(told) from None
 
     def model(self, arm: str) -> nn.Module:
-        """The network of an arm, to be called as `model.apply(variables, x, train=False)`.
-
-        Raises:
-            ValueError: if the run has no such arm, or it is of one's own and not given.
-        """
+        """The network of an arm, to be called as `model.apply(variables, x, train=False)`."""
         return table.find(self._known(arm), self._own).make(self.experiment)
 
     def variables(self, arm: str, replicate: int = 0) -> dict[str, Any]:
-        """What a replicate of an arm has learned: `{"params": ..., "batch_stats": ...}`.
-
-        Raises:
-            ValueError: if the run has no such arm or replicate.
-            CheckpointError: if the state after the last recorded epoch is not there as it was
-                written.
-        """
+        """What a replicate of an arm has learned: `{"params": ..., "batch_stats": ...}`."""
         if not 0 <= replicate < self.experiment.replicates:
             raise ValueError(
                 f"replicate is {replicate}: {self.path} has 0 to {self.experiment.replicates - 1}"

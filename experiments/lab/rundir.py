@@ -11,6 +11,7 @@ curves.png ...   pictures, and report.html
 
 import contextlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -18,10 +19,10 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -29,7 +30,8 @@ from filelock import FileLock, Timeout
 from bnjax.errors import CheckpointError
 from bnjax.version import __version__
 
-SECTIONS = ("experiment", "execution", "dataset", "versions")
+SECTIONS = dict.fromkeys(("experiment", "execution", "dataset", "versions"), dict)
+DATASET = dict.fromkeys(("name", "requested", "sha256"), str)
 
 
 class ReportWarning(UserWarning):
@@ -48,11 +50,7 @@ def default_path(preset: str, dataset: str) -> Path:
 
 
 def check_free(path: Path) -> None:
-    """Refuses a path that something else already occupies.
-
-    Raises:
-        ValueError: if it is a file, or a directory that is not empty or cannot be read.
-    """
+    """Refuses what is there already, but for an empty directory."""
     try:
         if path.is_dir() and any(path.iterdir()):
             raise ValueError(f"{path} is not empty: choose another directory for --out")
@@ -65,11 +63,7 @@ def check_free(path: Path) -> None:
 
 
 def create(path: Path, config: Mapping[str, Any]) -> None:
-    """Makes the run directory appear with `config.json` inside.
-
-    Raises:
-        ValueError: if it cannot be made.
-    """
+    """Makes the run directory appear with `config.json` inside."""
     check_free(path)
     path = path.resolve()
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -84,28 +78,18 @@ def create(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The configuration of a saved run.
-
-    Raises:
-        CheckpointError: if there is none that can be read.
-    """
+    """The configuration of a saved run."""
     file = path / "config.json"
     try:
-        config = parse(file, file.read_bytes())
+        config = read_object(file, SECTIONS)
     except OSError as error:
         if not path.exists():
             raise CheckpointError(f"there is no directory {path}") from error
         raise CheckpointError(
             f"{path} is not a run directory: config.json cannot be read ({error.strerror})"
         ) from error
-    try:
-        resumed = config.get("resumed", [])
-        whole = all(isinstance(part, dict) for part in (*resumed, *(config[k] for k in SECTIONS)))
-        whole &= all(isinstance(config["dataset"][k], str) for k in ("name", "requested", "sha256"))
-    except (AttributeError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise CheckpointError(f"{file} is damaged: it lacks {', '.join(SECTIONS)} of a run")
+    _check_object(file, config["dataset"], DATASET)
+    _check_object(file, config, {"resumed": list} if "resumed" in config else {})
     if (saved_by := str(config["versions"].get("bnjax"))).startswith("0.1."):
         raise CheckpointError(
             f"{path} was saved by bnjax {saved_by}, which this version cannot read: use that "
@@ -115,27 +99,25 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def parse(file: Path, content: bytes) -> Any:
-    """What JSON says that was read from a file.
-
-    Raises:
-        CheckpointError: if it is no JSON.
-    """
+    """What JSON says that was read from a file."""
     try:
         return json.loads(content, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
 
 
-def read_object(file: Path, keys: Iterable[str]) -> dict[str, Any]:
-    """An object with these keys, that a run has written.
-
-    Raises:
-        CheckpointError: if it is not there in full.
-    """
+def read_object(file: Path, types: Mapping[str, type]) -> dict[str, Any]:
+    """An object that a run has written, with values of these types."""
     content = parse(file, file.read_bytes())
-    if not isinstance(content, dict) or not content.keys() >= set(keys):
-        raise CheckpointError(f"{file} is damaged: expected {', '.join(keys)}")
+    _check_object(file, content, types)
     return content
+
+
+def _check_object(file: Path, content: Any, types: Mapping[str, type]) -> None:
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(name), kind) for name, kind in types.items()
+    ):
+        raise CheckpointError(f"{file} is damaged: it lacks {', '.join(types)} of a run")
 
 
 def _refuse(constant: str) -> None:
@@ -143,11 +125,7 @@ def _refuse(constant: str) -> None:
 
 
 def expand(path: Path) -> Path:
-    """A path that a user typed, with `~` replaced.
-
-    Raises:
-        ValueError: if there is no such user.
-    """
+    """A path that a user typed, with `~` replaced."""
     try:
         return path.expanduser()
     except RuntimeError as error:
@@ -156,11 +134,7 @@ def expand(path: Path) -> Path:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keeps a run directory to this process, which has its file `.lock` meanwhile.
-
-    Raises:
-        CheckpointError: if another process has it.
-    """
+    """Keeps a run directory to this process, which has its file `.lock` meanwhile."""
     file = path.resolve(strict=True) / ".lock"  # FileLock would make a directory that is gone
     lock = FileLock(file)
     try:
@@ -181,7 +155,7 @@ def locked(path: Path) -> Iterator[None]:
 def is_finished(path: Path, epochs: int) -> bool:
     """Whether a run has written its summary, the last of its files, after that many epochs."""
     try:
-        return read_object(path / "summary.json", ["epochs"])["epochs"] == epochs
+        return read_object(path / "summary.json", {"epochs": int})["epochs"] == epochs
     except (OSError, CheckpointError):
         return False
 
@@ -193,25 +167,19 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file under a temporary name and renames it."""
-    with _replacing(path) as file:
-        file.write(content)
+    partial = path.with_name(f".{path.name}.partial")
+    with naming(path):
+        partial.write_bytes(content)
+        partial.replace(path)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes an `.npz` file under a temporary name and renames it; makes its directory."""
+    """Writes an `.npz` file so; makes its directory."""
     with naming(path):
         path.parent.mkdir(exist_ok=True)
-    with _replacing(path) as file:
-        np.savez(file, allow_pickle=False, **arrays)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    partial = path.with_name(f".{path.name}.partial")
-    with naming(path):
-        with partial.open("wb") as file:
-            yield file
-        partial.replace(path)
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    write_bytes(path, buffer.getvalue())
 
 
 @contextmanager
@@ -228,10 +196,7 @@ def provenance() -> dict[str, Any]:
     packages = ("jax", "jaxlib", "flax", "optax", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages}
     own = {"python": platform.python_version(), "bnjax": __version__}
-    return {
-        "versions": {**own, **versions},
-        "git_commit": _git_commit(),
-    }
+    return {"versions": {**own, **versions}, "git_commit": _git_commit()}
 
 
 def _git_commit() -> str | None:

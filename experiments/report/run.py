@@ -74,8 +74,7 @@ def redraw(path: Path, *, ended: bool = False) -> dict[str, Any]:
             f"{path} has not ended: go on with python -m experiments.mnist_bn --resume {path}, "
             f"which draws its report after {experiment.epochs} epochs"
         )
-    marks = divergences.read(path)
-    summary = {**metrics.summarize(run.metrics, run.reference), "divergences": marks}
+    summary = run.summarize()
     parts = Parts(run)
     styles = figures.arm_styles(run.labels)
     names = words.phrases(run.labels, run.titles)
@@ -94,7 +93,7 @@ def redraw(path: Path, *, ended: bool = False) -> dict[str, Any]:
         certainty=console.format_certainty,
         command=options.repeat(run.config),
         config=run.config,
-        divergences=[divergences.describe(mark, run.labels) for mark in marks],
+        divergences=[divergences.describe(mark, run.labels) for mark in summary["divergences"]],
         drawn=parts.drawn,
         final=console.format_final,
         format=console.format_summary,
