@@ -148,7 +148,6 @@ def _train_once(path: Path, group: Sequence[Experiment], dataset: Dataset) -> li
     """The cells of a group, read where they are there already."""
     file = path / "cells" / f"{group[0].activation}-{group[0].batch_size}.json"
     if not file.exists():
-        file.parent.mkdir(exist_ok=True)
         trained = [rundir.null_for_nan(cell._asdict()) for cell in train(group, dataset)]
         rundir.write_json(file, {"cells": trained})
     saved = rundir.read_object(file, {"cells": list})["cells"]

@@ -32,12 +32,9 @@ def resume_command(path: Path) -> list[str]:
 
 
 def train(experiment: Experiment, out: Path | str, own: Sequence[ArmSpec] = ()) -> Run:
-    """Runs an experiment from its start, with arms of one's own among those that it names.
+    """Runs an experiment from its start, in the run directory `out` that it creates.
 
-    Args:
-        experiment: what to run.
-        out: the run directory to create.
-        own: arms that the table does not have.
+    Among the arms that it names may be one's `own`, which the table does not have.
 
     Raises:
         ValueError: if the experiment cannot run.
@@ -51,19 +48,15 @@ def train(experiment: Experiment, out: Path | str, own: Sequence[ArmSpec] = ()) 
 
 
 def run(made: Plan, console: Console, raise_if_stopped: Callable[[], None] = lambda: None) -> None:
-    """Trains and records what is left of a run.
+    """Trains and records what is left of a run, whose directory is there.
 
-    Args:
-        made: what to run; its directory is there.
-        console: where to show it.
-        raise_if_stopped: called after each epoch.
+    `raise_if_stopped` is called after each epoch.
     """
     experiment, execution = made.options.experiment, made.options.execution
     trainer, path, arms = made.trainer, made.path, experiment.arms
     example = _choose_example(trainer.test, execution.feature_digit)
-    if processes.is_first():
-        image, label = (np.asarray(values[0]) for values in example)
-        rundir.write_arrays(path / "probes" / "example.npz", {"image": image, "label": label})
+    image, label = (np.asarray(values[0]) for values in example)
+    rundir.write_arrays(path / "probes" / "example.npz", {"image": image, "label": label})
     decisive = {**dataclasses.asdict(experiment), "epochs": None}
     settings = json.dumps({**decisive, "data": made.config["dataset"]["sha256"]})
     checkpoints = checkpoint.Checkpoints(path / "checkpoints", settings)
@@ -77,13 +70,11 @@ def run(made: Plan, console: Console, raise_if_stopped: Callable[[], None] = lam
             steps, on_train, on_test = processes.gather((epoch.steps, epoch.train, epoch.test))
             epoch = epoch._replace(steps=steps, train=on_train, test=on_test)
             lines = metrics.lines_of(epoch, arms)
-            if processes.is_first():
-                metrics.append(path, lines)
+            metrics.append(path, lines)
             what = f"what happens inside after epoch {epoch.number} could not be recorded"
             with exits.optional(console, what, "the report will be without it"):
                 seen = probes.after_epoch(trainer, epoch.states, example)
-                if processes.is_first():
-                    rundir.write_arrays(path / "probes" / f"epoch-{epoch.number:03}.npz", seen)
+                rundir.write_arrays(path / "probes" / f"epoch-{epoch.number:03}.npz", seen)
             show(lines)
 
             found = divergences.find(epoch, known)
@@ -97,7 +88,7 @@ def run(made: Plan, console: Console, raise_if_stopped: Callable[[], None] = lam
             for one in found:
                 display.print_plain(console, f"NOTE: {divergences.describe(one, labels)}")
             known += found
-            if found and processes.is_first():
+            if found:
                 rundir.write_json(path / divergences.FILE, known)
             checkpoints.save(epoch.number, epoch.states)
             states = epoch.states
@@ -112,37 +103,30 @@ def _restore(
 ) -> tuple[int, States, list[dict[str, Any]]]:
     """Epochs done, the states after them and their divergences; files say no more than that."""
     path, experiment = made.path, made.options.experiment
-    arms = experiment.arms
-    lines = metrics.read(path, arms, experiment.replicates)
-    recorded = len(lines) // (len(arms) * experiment.replicates)
+    lines = metrics.read(path, experiment.arms, experiment.replicates)
+    recorded = len(lines) // (len(experiment.arms) * experiment.replicates)
     with display.show_warnings(console, CheckpointWarning):
         done, states = checkpoints.restore(made.trainer.initial_states(), at_most=recorded)
     if done < recorded and rundir.is_finished(path, experiment.epochs):
         raise CheckpointError(
             f"{path} is finished, but has no state of its last epoch to look into any more"
         )
-    known: list[dict[str, Any]] = []
-    if processes.is_first():
-        (path / "probes" / "end.npz").unlink(missing_ok=True)  # of fewer epochs
-        metrics.write(path, [line for line in lines if line["epoch"] <= done])
-        known = divergences.truncate(path, done)
-    known = processes.allgather_object(known)[0]
+    (path / "probes" / "end.npz").unlink(missing_ok=True)  # of fewer epochs
+    metrics.write(path, [line for line in lines if line["epoch"] <= done])
+    known = processes.allgather_object(divergences.truncate(path, done))[0]
     if made.options.execution.resume:
         display.print_plain(console, f"going on after epoch {done}")
-        if processes.is_first():
-            rundir.write_json(path / "config.json", made.config)
+        rundir.write_json(path / "config.json", made.config)
     return done, states, known
 
 
 def _inspect_end(made: Plan, states: States) -> None:
     """Saves what a replicate that stayed finite has become, if there is one."""
-    first = processes.is_first()
-    found = metrics.replicate_to_look_into(Run(made.path).metrics) if first else None
-    replicate = processes.allgather_object(found)[0]
+    run = Run(made.path) if processes.is_first() else None
+    replicate = processes.allgather_object(run and metrics.replicate_to_look_into(run.metrics))[0]
     if replicate is not None:
         seen = probes.at_end(made.trainer, states, replicate)
-        if first:
-            rundir.write_arrays(made.path / "probes" / "end.npz", seen)
+        rundir.write_arrays(made.path / "probes" / "end.npz", seen)
 
 
 def _choose_example(test: Batch, digit: int) -> Batch:

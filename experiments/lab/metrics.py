@@ -16,6 +16,7 @@ import numpy as np
 from bnjax import statistics
 from bnjax.errors import CheckpointError
 from bnjax.paired import Epoch
+from bnjax.parallel import processes
 from experiments.lab import rundir
 
 LOSSES = ("train_cost", "train_loss", "test_loss")
@@ -52,6 +53,8 @@ def lines_of(epoch: Epoch, arms: Sequence[str]) -> list[dict[str, Any]]:
 
 def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Appends lines to `metrics.jsonl`; what is not finite becomes `null`."""
+    if not processes.is_first():
+        return
     file = path / "metrics.jsonl"
     with rundir.naming(file), file.open("ab") as stream:
         stream.write(_to_jsonl(lines))

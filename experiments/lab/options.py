@@ -80,9 +80,9 @@ class Execution:
 
     def saved(self) -> dict[str, Any]:
         """What a configuration keeps: not what belongs to one start alone."""
-        kept = ("data_dir", "mesh", "feature_digit", "cache", "progress")
-        values = dataclasses.asdict(Execution()) | {name: getattr(self, name) for name in kept}
-        return {**values, "data_dir": self.data_dir and str(self.data_dir)}
+        start = ("distributed", "coordinator", "num_processes", "process_id", "open")
+        values = dataclasses.asdict(self) | {name: getattr(Execution, name) for name in start}
+        return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _saved_options(saved: Mapping[str, Any], resume: Path) -> Options:
     try:
         execution = from_json(Execution, saved["execution"])
         data_dir = execution.data_dir and Path(execution.data_dir)
-        execution = dataclasses.replace(execution, data_dir=data_dir, resume=resume)
+        execution = dataclasses.replace(execution, data_dir=data_dir, out=None, resume=resume)
         return Options(from_json(Experiment, saved["experiment"]), execution)
     except ValueError as error:
         raise ValueError(f"{resume / 'config.json'} cannot be used: {error}") from error

@@ -28,6 +28,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from bnjax.errors import CheckpointError
+from bnjax.parallel import processes
 from bnjax.version import __version__
 
 SECTIONS = dict.fromkeys(("experiment", "execution", "dataset", "versions"), dict)
@@ -160,23 +161,27 @@ def is_finished(path: Path, epochs: int) -> bool:
         return False
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON under a temporary name and renames it."""
-    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
-
-
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name and renames it."""
+    """Writes a file under a temporary name and renames it; makes its directory.
+
+    Of several processes the first writes, here and below.
+    """
+    if not processes.is_first():
+        return
     partial = path.with_name(f".{path.name}.partial")
     with naming(path):
+        path.parent.mkdir(exist_ok=True)
         partial.write_bytes(content)
         partial.replace(path)
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so."""
+    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes an `.npz` file so; makes its directory."""
-    with naming(path):
-        path.parent.mkdir(exist_ok=True)
+    """Writes an `.npz` file so."""
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     write_bytes(path, buffer.getvalue())
