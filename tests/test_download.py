@@ -186,9 +186,9 @@ def test_real_mnist_is_recognized(mnist_directory, monkeypatch):
 @pytest.mark.parametrize(
     ("behaviour", "message"),
     [
-        (not_found, "is answered with HTTP status 404"),
-        (lambda request, _: request.send_error(500), "is answered with HTTP status 500"),
-        (broken_off, r"does not come whole \(.*bytes read, .* more expected"),
+        (not_found, r"does not come \(404 Client Error"),
+        (lambda request, _: request.send_error(500), r"does not come \(500 Server Error"),
+        (broken_off, r"does not come \(.*bytes read, .* more expected"),
         (
             lambda request, content: request.send(content[:-1]),
             "has other bytes than the regis",

@@ -123,15 +123,14 @@ def _from_directory(name: str, directory: Path) -> Dataset:
             problem = "not a directory" if directory.exists() else "no such directory"
             raise DataError(f"{directory}: {problem}; expected the IDX files of {name}")
         for place in places:
-            paths = _find(place)
+            paths = {file: path for file in FILES if (path := _find(file, place))}
             if missing := [file for file in FILES if paths and file not in paths]:
                 raise DataError(
                     f"{place}: {missing[0]}[.gz] is missing, though other files are there"
                     f"{_near_miss(missing, place)}"
                 )
             if paths:
-                arrays = [_read_own(name, file, path) for file, path in paths.items()]
-                return _checked(name, place, arrays)
+                return _checked(name, place, [_read_own(name, *one) for one in paths.items()])
     except (OSError, RuntimeError) as error:
         raise DataError(f"{directory}: this directory cannot be read ({error})") from error
     if arrays := prepared.read(name, directory):
@@ -142,23 +141,17 @@ def _from_directory(name: str, directory: Path) -> Dataset:
     )
 
 
-def _find(place: Path) -> dict[str, Path]:
-    """The IDX files in a directory, by their proper names and in their order."""
-    present = {entry.name for entry in place.iterdir()} if place.is_dir() else set()
-    found = {}
-    for file in FILES:
-        dotted = file.replace("-idx", ".idx")
-        names = (file, f"{file}.gz", dotted, f"{dotted}.gz")
-        paths = [place / name for name in names if name in present]
-        files = [path for path in [*paths, *(p / p.name for p in paths)] if path.is_file()]
-        if paths:
-            found[file] = (files or paths)[0]
-    return found
+def _find(file: str, place: Path) -> Path | None:
+    dotted = file.replace("-idx", ".idx")
+    paths = [place / name for name in (file, f"{file}.gz", dotted, f"{dotted}.gz")]
+    nested = [path / path.name for path in paths]
+    return next((path for path in paths + nested if path.is_file()), None)
 
 
 def _near_miss(missing: Collection[str], *places: Path) -> str:
     """A hint at the first name there that is nearer to a missing file than to the others."""
-    for name in sorted(path.name for place in places for path in place.glob("[!.]*")):
+    near = (path.name for place in places for path in place.glob("[!.]*") if path.is_file())
+    for name in sorted(near):
         for file in difflib.get_close_matches(name.lower(), FILES, n=1):
             if file in missing:
                 return f"; if {name!r} is {file}, rename it"

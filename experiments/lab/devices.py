@@ -50,11 +50,10 @@ def describe() -> dict[str, Any]:
 
 
 def make_placements(arms: tuple[Arm, ...], mesh: str, replicates: int) -> list[Placement]:
-    """Deals arms and replicates to devices.
+    """Deals arms and replicates to devices, on a CPU to those that `set_cpu_devices` makes.
 
-    A CPU's cores become devices, unless `XLA_FLAGS` already says how many there are. Every arm is
-    a program of its own there, so that its numbers do not depend on its neighbours. An accelerator
-    trains all arms in one program. With several processes every program runs on all devices.
+    There every arm is a program of its own, so that its numbers do not depend on its neighbours. An
+    accelerator trains all in one. With several processes every program runs on all devices.
 
     Args:
         arms: what to train.
@@ -107,12 +106,7 @@ def _check_sizes_of_all(sizes: dict[str, int], replicates: int) -> None:
 def join_processes(mesh: str, coordinator: str | None, count: int | None, own: int | None) -> None:
     """Joins the other processes, each with its share of the mesh where the devices are CPUs.
 
-    Args:
-        mesh: as `make_placements` takes it.
-        coordinator, count, own: as `processes.start` takes them.
-
-    Raises:
-        ValueError: if they do not come together.
+    The mesh is as `make_placements` takes it, the rest and the errors those of `processes.start`.
     """
     share = math.prod(parse_mesh(mesh).values()) // count if count and mesh != "auto" else 1
     set_cpu_devices(max(share, 1))

@@ -37,27 +37,27 @@ def epoch_lines(
     def line(parts: Iterable[str]) -> str:
         return "".join(f"{part:<{width}}" for part in parts)
 
+    def tell(metric: str, mean: float) -> str:
+        return format_summary(metric, {"mean": mean, "sd": None})
+
     def show(lines: Sequence[Mapping[str, Any]]) -> None:
         epoch, seconds = lines[0]["epoch"], lines[0]["seconds"]
         means = {
-            arm: {metric: _summarize(of_arm[metric][-1]) for metric in shown}
+            arm: {metric: _finite_mean(of_arm[metric][-1]) for metric in shown}
             for arm, of_arm in metrics.curves(lines, list(titles)).items()
         }
-        told = line(
-            "".join(f"{format_summary(metric, mean):>10}" for metric, mean in of_arm.items())
-            for of_arm in means.values()
-        )
+        told = line("".join(f"{tell(*one):>10}" for one in of.items()) for of in means.values())
         print_plain(console, f"{f'{epoch}/{experiment.epochs}':<8}{told}{seconds:8.2f}")
-        accuracies = {arm: of_arm[ACCURACY] for arm, of_arm in means.items()}
-        latest = [f"{arm} {format_summary(ACCURACY, one)}" for arm, one in accuracies.items()]
+        latest = {arm: of_arm[ACCURACY] for arm, of_arm in means.items()}
         if not few:
-            best = np.argmax([np.nan_to_num(one["mean"], nan=-1) for one in accuracies.values()])
-            latest = [f"best {latest[best]}"]
+            best = max(latest, key=lambda arm: np.nan_to_num(latest[arm], nan=-1))
+            latest = {f"best {best}": latest[best]}
+        told = ", ".join(f"{arm} {tell(ACCURACY, mean)}" for arm, mean in latest.items())
         images = examples * replicates * len(titles) / seconds
-        told = f"{', '.join(latest)}, {images:,.0f} images/s"
-        progress.update(task, completed=epoch, description=told)
+        progress.update(task, completed=epoch, description=f"{told}, {images:,.0f} images/s")
 
-    heads = line(_cut(title if few else arm, width - 1) for arm, title in titles.items()).rstrip()
+    names = titles.values() if few else titles
+    heads = line(name if len(name) < width else f"{name[: width - 2]}…" for name in names).rstrip()
     over = f" (means of {replicates} replicates)" if replicates > 1 else ""
     print_plain(console, f"{'':8}{heads}{over}")
     columns = line(["".join(f"{title:>10}" for title in shown.values())] * len(titles))
@@ -76,10 +76,6 @@ def epoch_lines(
         yield show
 
 
-def _summarize(values: np.ndarray) -> dict[str, Any]:
+def _finite_mean(values: np.ndarray) -> float:
     finite = values[np.isfinite(values)]
-    return {"mean": float(finite.mean()) if len(finite) else float("nan"), "sd": None}
-
-
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    return finite.mean() if len(finite) else np.nan
