@@ -128,16 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     print_plain(console, f"{cell.name}: {_tell(cell)}")
                     cells.append(cell)
                 raise_if_stopped()
-            numbers = [
-                {
-                    **cell.setting,
-                    "values": cell.values,
-                    "differences": cell.summary["differences"],
-                    "best": cell.best,
-                }
-                for cell in cells
-            ]
-            rundir.write_json(path / "sweep.json", {"cells": rundir.null_for_nan(numbers)})
+            numbers = [rundir.null_for_nan(cell.numbers()) for cell in cells]
+            rundir.write_json(path / "sweep.json", {"cells": numbers})
             what = "the report could not be drawn"
             with exits.optional(console, what, "the same command tries again"):
                 _draw(path, dataclasses.replace(config, dataset=dataset.name), cells)

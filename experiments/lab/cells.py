@@ -57,6 +57,11 @@ class SweepCell:
         highest = max((mean for mean in means.values() if mean is not None), default=np.nan)
         return [arm for arm, mean in means.items() if mean == highest]
 
+    def numbers(self) -> dict[str, Any]:
+        """The cell as `sweep.json` has it."""
+        found = {"differences": self.summary["differences"], "best": self.best}
+        return {**self.setting, "values": self.values, **found}
+
     def points(self, arm: str) -> float:
         """Points of test accuracy that an arm is worth; NaN where no pair of networks is finite."""
         mean = self.summary["differences"][arm][METRIC]["mean"]

@@ -68,9 +68,13 @@ def make_placements(arms: tuple[Arm, ...], mesh: str, replicates: int) -> list[P
     sizes = {} if mesh == "auto" else parse_mesh(mesh)
     together = jax.distributed.is_initialized()
     if not together:
-        needed = math.prod(sizes.values()) if sizes else len(arms) * replicates
-        set_cpu_devices(needed if sizes else min(_cores(), needed))
-    devices = _devices()
+        wanted = min(_cores(), len(arms) * replicates)
+        set_cpu_devices(math.prod(sizes.values()) if sizes else wanted)
+    try:
+        devices = jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0] or "none of those asked for is there"
+        raise ValueError(f"JAX finds no device ({reason}): see JAX_PLATFORMS, XLA_FLAGS") from error
     programs = [(arm,) for arm in arms] if devices[0].platform == "cpu" else [arms]
     if together:
         _check_sizes_of_all(sizes, replicates)
@@ -116,14 +120,6 @@ def join_processes(mesh: str, coordinator: str | None, count: int | None, own: i
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     sys.stdout = os.fdopen(python, "w", buffering=1, encoding=sys.stdout.encoding, errors="replace")
     processes.start(coordinator, count, own)
-
-
-def _devices() -> list[jax.Device]:
-    try:
-        return jax.devices()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0] or "none of those asked for is there"
-        raise ValueError(f"JAX finds no device ({reason}): see JAX_PLATFORMS, XLA_FLAGS") from error
 
 
 def memory(placements: Sequence[Placement]) -> int:

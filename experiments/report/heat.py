@@ -14,14 +14,11 @@ from experiments.report.figures import our_style
 def maps(cells: Sequence[SweepCell], labels: Mapping[str, str]) -> Figure:
     """Points of test accuracy over learning rates and batch sizes, for each arm and activation.
 
-    Args:
-        cells: of a sweep.
-        labels: of the arms that are held against the reference.
+    The labels are those of the arms that are held against the reference.
     """
     at = {tuple(cell.setting.values()): cell for cell in cells}
-    activations, sizes, rates = (list(dict.fromkeys(values)) for values in zip(*at, strict=True))
-    sizes.sort()
-    rates.sort()
+    activations = list(dict.fromkeys(activation for activation, _, _ in at))
+    sizes, rates = (sorted({place[k] for place in at}) for k in (1, 2))
     most = np.nanmax([0.1, *(abs(cell.points(arm)) for cell in cells for arm in labels)])
     width, height = 1.3 * len(rates) + 1.6, 0.9 * len(sizes) + 1.2
     size = (max(4.5, width * len(activations)), height * len(labels))
@@ -34,8 +31,8 @@ def maps(cells: Sequence[SweepCell], labels: Mapping[str, str]) -> Figure:
         table = [[cell.points(arm) for cell in row] for row in rows]
         image = axes.imshow(table, cmap=colors, vmin=-most, vmax=most, aspect="auto")
         for (y, x), value in np.ndenumerate(table):
-            told = rows[y][x].tell(arm).replace(" ", "\n")
-            told = f"{value:+.1f}" if np.isfinite(value) else told
+            lost = rows[y][x].tell(arm).replace(" ", "\n")
+            told = f"{value:+.1f}" if np.isfinite(value) else lost
             color = "white" if abs(value) > 0.6 * most else "black"
             axes.text(x, y, told, ha="center", va="center", color=color)
         title = activation if len(labels) == 1 else f"{labels[arm]}, {activation}"
