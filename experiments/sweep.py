@@ -24,10 +24,10 @@ from rich.console import Console
 from bnjax.data import Dataset
 from bnjax.errors import CheckpointError
 from bnjax.names import choose
-from experiments.lab import arms, devices, exits, results, rundir
+from experiments.lab import arms, exits, results, rundir
 from experiments.lab.cells import AXES, METRIC, SweepCell, train
 from experiments.lab.console import format_final, format_summary, print_plain
-from experiments.lab.plan import check_memory, load_data
+from experiments.lab.plan import load_data
 from experiments.lab.presets import PRESETS, Experiment
 
 PROG = "python -m experiments.sweep"
@@ -118,8 +118,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             dataset = load_data(config.dataset, config.data_dir, console)
             results.set_up_jax()
             groups = config.groups()
-            for group in groups:
-                _check(group, dataset)
+            for first, *_ in groups:
+                arms.choose(first)
+                first.check_against(dataset)
+                arms.check_sizes(first, len(dataset.train_labels))
         with results.directory(path, config.resolved(), config, dataset):
             again.extend(results.command(PROG, config))
             cells: list[SweepCell] = []
@@ -136,16 +138,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print_plain(console, f"report: {path / 'sweep.html'}")
 
     return exits.run(command, lambda: again)
-
-
-def _check(group: Sequence[Experiment], dataset: Dataset) -> None:
-    """Refuses cells that the data or the memory are too small for, and arms that cannot be."""
-    made = arms.make_arms(group[0])
-    group[0].check_against(dataset)
-    arms.check_sizes(group[0], len(dataset.train_labels))
-    count = len(group) * group[0].replicates
-    memory = devices.memory(devices.make_placements(made, "auto", count))
-    check_memory(made, count, dataset.train_images, memory)
 
 
 def _train_once(path: Path, group: Sequence[Experiment], dataset: Dataset) -> list[SweepCell]:

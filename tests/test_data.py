@@ -195,7 +195,7 @@ def test_near_miss_is_named(tmp_path, files, near, file, others, folder):
 )
 def test_nothing_else_is_taken_for_a_near_miss(tmp_path, files, far, others):
     del files[TRAIN_IMAGES]
-    with pytest.raises(DataError, match=r"is missing, though|is not here") as caught:
+    with pytest.raises(DataError, match=r"is missing or no file, though|is not here") as caught:
         load("mnist", write(tmp_path, {**(files if others else {}), far: b""}))
     assert "rename" not in str(caught.value)
 
@@ -281,7 +281,9 @@ def test_lengths_that_disagree_or_are_zero_are_refused(
 def test_something_else_in_place_of_a_file_is_none(tmp_path, files, name, make):
     del files[TRAIN_IMAGES]
     make(write(tmp_path, files) / name)
-    with pytest.raises(DataError, match=rf"{TRAIN_IMAGES}\[.gz\] is missing, though .* there$"):
+    with pytest.raises(
+        DataError, match=rf"{TRAIN_IMAGES}\[.gz\] is missing or no file, though .* there$"
+    ):
         load("mnist", tmp_path)
 
 

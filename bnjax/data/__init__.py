@@ -126,7 +126,7 @@ def _from_directory(name: str, directory: Path) -> Dataset:
             paths = {file: path for file in FILES if (path := _find(file, place))}
             if missing := [file for file in FILES if paths and file not in paths]:
                 raise DataError(
-                    f"{place}: {missing[0]}[.gz] is missing, though other files are there"
+                    f"{place}: {missing[0]}[.gz] is missing or no file, though others are there"
                     f"{_near_miss(missing, place)}"
                 )
             if paths:
