@@ -12,8 +12,6 @@ from experiments.lab import metrics
 from experiments.lab.console import SHOWN, format_summary, print_plain
 from experiments.lab.presets import Experiment
 
-ACCURACY = "test_accuracy"
-
 
 @contextmanager
 def epoch_lines(
@@ -27,34 +25,25 @@ def epoch_lines(
     """Gives what prints an epoch, called with its lines of `metrics.jsonl`.
 
     Of more than two arms only the test accuracy, so that eight of them fit into 120 columns. On a
-    terminal a bar below the lines shows the latest test accuracy, of both arms or of the best, how
-    many images are trained on in a second, and the time left.
+    terminal a bar below the lines shows how many images are trained on in a second, and the time
+    left.
     """
     replicates, few = experiment.replicates, len(titles) < 3
-    shown = SHOWN if few else {ACCURACY: SHOWN[ACCURACY]}
+    shown = SHOWN if few else {"test_accuracy": SHOWN["test_accuracy"]}
     width = 32 if few else max(12, min(15, 100 // len(titles)))
 
     def line(parts: Iterable[str]) -> str:
         return "".join(f"{part:<{width}}" for part in parts)
 
-    def tell(metric: str, mean: float) -> str:
-        return format_summary(metric, {"mean": mean, "sd": None})
-
     def show(lines: Sequence[Mapping[str, Any]]) -> None:
         epoch, seconds = lines[0]["epoch"], lines[0]["seconds"]
-        means = {
-            arm: {metric: _finite_mean(of_arm[metric][-1]) for metric in shown}
-            for arm, of_arm in metrics.curves(lines, list(titles)).items()
-        }
-        told = line("".join(f"{tell(*one):>10}" for one in of.items()) for of in means.values())
+        told = line(
+            "".join(f"{_mean(metric, of_arm[metric][-1]):>10}" for metric in shown)
+            for of_arm in metrics.curves(lines, list(titles)).values()
+        )
         print_plain(console, f"{f'{epoch}/{experiment.epochs}':<8}{told}{seconds:8.2f}")
-        latest = {arm: of_arm[ACCURACY] for arm, of_arm in means.items()}
-        if not few:
-            best = max(latest, key=lambda arm: np.nan_to_num(latest[arm], nan=-1))
-            latest = {f"best {best}": latest[best]}
-        told = ", ".join(f"{arm} {tell(ACCURACY, mean)}" for arm, mean in latest.items())
-        images = examples * replicates * len(titles) / seconds
-        progress.update(task, completed=epoch, description=f"{told}, {images:,.0f} images/s")
+        speed = examples * replicates * len(titles) / seconds
+        progress.update(task, completed=epoch, description=f"{speed:,.0f} images/s")
 
     names = titles.values() if few else titles
     heads = line(name if len(name) < width else f"{name[: width - 2]}…" for name in names).rstrip()
@@ -76,6 +65,7 @@ def epoch_lines(
         yield show
 
 
-def _finite_mean(values: np.ndarray) -> float:
+def _mean(metric: str, values: np.ndarray) -> str:
     finite = values[np.isfinite(values)]
-    return finite.mean() if len(finite) else np.nan
+    mean = finite.mean() if len(finite) else np.nan
+    return format_summary(metric, {"mean": mean, "sd": None})
