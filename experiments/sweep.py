@@ -24,10 +24,10 @@ from rich.console import Console
 from bnjax.data import Dataset
 from bnjax.errors import CheckpointError
 from bnjax.names import choose
-from experiments.lab import arms, exits, results, rundir
+from experiments.lab import arms, devices, exits, results, rundir
 from experiments.lab.cells import AXES, METRIC, SweepCell, train
 from experiments.lab.console import format_final, format_summary, print_plain
-from experiments.lab.plan import load_data
+from experiments.lab.plan import check_memory, load_data
 from experiments.lab.presets import PRESETS, Experiment
 
 PROG = "python -m experiments.sweep"
@@ -118,10 +118,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             dataset = load_data(config.dataset, config.data_dir, console)
             results.set_up_jax()
             groups = config.groups()
-            for first, *_ in groups:
-                arms.choose(first)
-                first.check_against(dataset)
-                arms.check_sizes(first, len(dataset.train_labels))
+            for group in groups:
+                made, count = arms.make_arms(group[0]), len(group) * config.replicates
+                group[0].check_against(dataset)
+                arms.check_sizes(group[0], len(dataset.train_labels))
+                memory = devices.memory(devices.make_placements(made, "auto", count))
+                check_memory(made, count, dataset.train_images, memory)
         with results.directory(path, config.resolved(), config, dataset):
             again.extend(results.command(PROG, config))
             cells: list[SweepCell] = []
