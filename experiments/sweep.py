@@ -9,15 +9,15 @@ Exit status: 0 success; 2 a mistake in the command, the settings or the data; 13
 143 after SIGTERM.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 from rich.console import Console
 
@@ -25,14 +25,12 @@ from bnjax.data import Dataset
 from bnjax.errors import CheckpointError
 from bnjax.names import choose
 from experiments.lab import arms, exits, results, rundir
-from experiments.lab.cells import METRIC, SETTING, CellResult, SweepCell, summarize_cell, train
+from experiments.lab.cells import AXES, METRIC, SweepCell, train
 from experiments.lab.console import format_final, format_summary, print_plain
 from experiments.lab.plan import load_data, place_arms
 from experiments.lab.presets import PRESETS, Experiment
 
 PROG = "python -m experiments.sweep"
-AXES = ("learning_rate", "activation", "batch_size")
-Row = tuple[SweepCell, CellResult]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +92,9 @@ class SweepConfig(results.CommonConfig):
             replicates=self.replicates,
             seed=self.seed,
         ).resolved()
-        rates, *others = self.axes().values()
+        *others, rates = self.axes().values()
         return [
-            [dataclasses.replace(base, **dict(zip(AXES, (r, *cell), strict=True))) for r in rates]
+            [dataclasses.replace(base, **dict(zip(AXES, (*cell, r), strict=True))) for r in rates]
             for cell in itertools.product(*others)
         ]
 
@@ -124,21 +122,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 place_arms(group[0], dataset, cells=len(group))
         with results.directory(path, config.resolved(), config, dataset):
             again.extend(results.command(PROG, config))
-            labels = {spec.name: spec.label for spec in arms.choose(groups[0][0])}
-            rows: list[Row] = []
+            cells: list[SweepCell] = []
             for group in groups:
                 for cell in _train_once(path, group, dataset):
-                    rows.append((cell, summarize_cell(cell, str(group[0].reference), labels)))
-                    print_plain(console, f"{cell.name}: {_tell(rows[-1][1], labels)}")
+                    print_plain(console, f"{cell.name}: {_tell(cell)}")
+                    cells.append(cell)
                 raise_if_stopped()
-            cells = [
-                {**cell._asdict(), "differences": found.summary["differences"], "best": found.best}
-                for cell, found in rows
-            ]
-            rundir.write_json(path / "sweep.json", {"cells": rundir.null_for_nan(cells)})
+            numbers = [rundir.null_for_nan(cell.numbers()) for cell in cells]
+            rundir.write_json(path / "sweep.json", {"cells": numbers})
             what = "the report could not be drawn"
             with exits.optional(console, what, "the same command tries again"):
-                _draw(path, dataclasses.replace(config, dataset=dataset.name), rows)
+                _draw(path, dataclasses.replace(config, dataset=dataset.name), cells)
                 print_plain(console, f"report: {path / 'sweep.html'}")
 
     return exits.run(command, lambda: again)
@@ -147,62 +141,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train_once(path: Path, group: Sequence[Experiment], dataset: Dataset) -> list[SweepCell]:
     """The cells of a group, read where they are there already."""
     file = path / "cells" / f"{group[0].activation}-{group[0].batch_size}.json"
+    rates = [str(one.learning_rate) for one in group]
     if not file.exists():
-        trained = [rundir.null_for_nan(cell._asdict()) for cell in train(group, dataset)]
-        rundir.write_json(file, {"cells": trained})
-    saved = rundir.read_object(file, {"cells": list})["cells"]
-    with contextlib.suppress(TypeError):
-        cells = [SweepCell(**rundir.nan_for_null(one)) for one in saved]
-        if [cell[:3] for cell in cells] == [SETTING(one) for one in group]:
-            return cells
-    raise CheckpointError(f"{file} is not what this sweep wrote: delete it to train it again")
+        trained = dict(zip(rates, train(group, dataset), strict=True))
+        rundir.write_json(file, rundir.null_for_nan(trained))
+    try:
+        saved = rundir.read_object(file, dict.fromkeys(rates, dict))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; delete it to train it again") from error
+    return [SweepCell(one, saved[rate]) for one, rate in zip(group, rates, strict=True)]
 
 
-def _tell(found: CellResult, labels: Mapping[str, str]) -> str:
+def _tell(cell: SweepCell) -> str:
     """A cell in a line: its only network, the only difference, or all of them and the best."""
-    if len(labels) == 1:
-        (only,) = found.summary["arms"].values()
+    labels = {spec.name: spec.label for spec in arms.choose(cell.experiment)}
+    told = {arm: cell.tell(arm) for arm in cell.summary["differences"]}
+    if not told:
+        (only,) = cell.summary["arms"].values()
         return format_summary(METRIC, only[METRIC])
-    if len(labels) == 2:
-        return "".join(found.told.values())
-    told = "".join(f"{labels[arm]}: {text}; " for arm, text in found.told.items())
-    return f"{told}best: {' and '.join(labels[arm] for arm in found.best) or 'none'}"
+    if len(told) == 1:
+        return "".join(told.values())
+    best = " and ".join(labels[arm] for arm in cell.best) or "none"
+    return "".join(f"{labels[arm]}: {text}; " for arm, text in told.items()) + f"best: {best}"
 
 
-def _draw(path: Path, config: SweepConfig, rows: Sequence[Row]) -> None:
+def _draw(path: Path, config: SweepConfig, cells: Sequence[SweepCell]) -> None:
     from experiments.report import heat
     from experiments.report.figures import to_svg
     from experiments.report.page import render, svg_uri
 
-    experiment = config.groups()[0][0]
+    experiment = cells[0].experiment
     specs = arms.choose(experiment)
     labels = {spec.name: spec.label for spec in specs}
     others = {arm: label for arm, label in labels.items() if arm != experiment.reference}
-    picture = to_svg(heat.maps(rows, others)) if others else None
+    picture = to_svg(heat.maps(cells, others)) if others else None
     if picture:
         rundir.write_bytes(path / "sweep.svg", picture)
     page = render(
         "sweep.html.j2",
+        cells=cells,
         command=shlex.join(results.command(PROG, config)),
         config=rundir.read_config(path),
         format=format_final,
         labels=labels,
         map=picture and svg_uri(picture),
-        ranked={arm: _ranked(rows, arm) for arm in others},
+        ranked={arm: _ranked(cells, arm) for arm in others},
         reference=experiment.reference,
-        rows=rows,
         titles={spec.name: spec.title or spec.label for spec in specs},
     )
     rundir.write_bytes(path / "sweep.html", page.encode(errors="replace"))
 
 
-def _ranked(rows: Sequence[Row], arm: str) -> list[Row]:
+def _ranked(cells: Sequence[SweepCell], arm: str) -> list[SweepCell]:
     """The cells in which an arm can be held against the reference, by what it is worth."""
-
-    def worth(row: Row) -> Any:
-        return row[1].summary["differences"][arm][METRIC]["mean"]
-
-    return sorted((row for row in rows if worth(row) is not None), key=worth)
+    finite = [cell for cell in cells if np.isfinite(cell.points(arm))]
+    return sorted(finite, key=lambda cell: cell.points(arm))
 
 
 if __name__ == "__main__":

@@ -108,11 +108,7 @@ def find_arm(name: str) -> ArmSpec:
 
 
 def lesson(dataset: Dataset, arm: ArmSpec, epochs: int, seed: int) -> dict[str, Any]:
-    """Trains both networks and measures what the modes do to their predictions.
-
-    Returns:
-        Everything that `tell` and the picture need, as plain numbers and lists.
-    """
+    """Trains both networks and measures what the modes do to their predictions, for JSON."""
     examples, test = jax.tree.map(jnp.asarray, batches(dataset))
     module, keys = arm.make(NETWORK), paired.replicate_keys(seed, 1)
     dropout = models.MLP(NETWORK.hidden_sizes, NETWORK.num_classes, None, dropout_rate=0.3)
@@ -188,9 +184,9 @@ def _dropout(state: TrainState, test: Batch, keys: Array) -> dict[str, Any]:
 
 
 def _alone(state: TrainState, test: Batch) -> dict[str, Any]:
-    error = ""
     try:
         predict(state, test.images[:1], 1, train=True)
+        error = ""
     except ValueError as refused:
         error = str(refused)
     twice = predict(state, test.images.repeat(2, axis=0), 2, train=True)[::2]

@@ -177,7 +177,7 @@ class TestIdx:
         path.mkdir() if obstacle == "directory" else path.symlink_to(path)
         with pytest.raises(DataError) as caught:
             data.load("mnist", tmp_path)
-        assert_one_sentence(caught.value, path)
+        assert_one_sentence(caught.value, tmp_path)
 
 
 NUMBERS = st.one_of(st.integers(-3, 70), st.just(10**400), st.floats(), st.booleans())

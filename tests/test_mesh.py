@@ -304,7 +304,8 @@ def test_local_statistics_need_equal_shares_of_two(tmp_path, arguments, batch):
 
 def deal(monkeypatch, arms, replicates, count):
     """The placements of so many arms where there are so many devices."""
-    monkeypatch.setattr(devices, "_devices", lambda: jax.devices()[:count])
+    there = jax.devices()[:count]
+    monkeypatch.setattr(jax, "devices", lambda: there)
     made = (dataclasses.replace(make_arm(optimizer=SGD), name=f"arm {k}") for k in range(arms))
     return devices.make_placements(tuple(made), "auto", replicates)
 

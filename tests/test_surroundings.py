@@ -13,9 +13,10 @@ import matplotlib
 import pytest
 from factories import named, save_run
 
-from experiments import compare, report, sweep
+from experiments import compare, report
 from experiments.claims import Evidence, load_claims, verdicts
 from experiments.lab import metrics, rundir
+from experiments.lab.cells import SweepCell
 from experiments.lab.presets import BOOSTCOURSE
 from experiments.report import figures, heat
 
@@ -93,12 +94,10 @@ def draw(made_up_runs: list[Path]) -> dict[str, bytes]:
     drawn["compare.svg"] = (place / "compared" / "compare.svg").read_bytes()
 
     values = {arm: {name: [0.5, 0.75] for name in metrics.METRICS} for arm in TWO}
-    cells = [
-        sweep.SweepCell("relu", size, rate, values) for size in (8, 32) for rate in (0.1, 0.01)
-    ]
-    labels = named(TWO, "label")
-    rows = [(cell, sweep.summarize_cell(cell, "no_bn", labels)) for cell in cells]
-    drawn["sweep.svg"] = figures.to_svg(heat.maps(rows, {"bn": labels["bn"]}))
+    grid = [(size, rate) for size in (8, 32) for rate in (0.1, 0.01)]
+    base = replace(BOOSTCOURSE, reference="no_bn")
+    cells = [SweepCell(replace(base, batch_size=s, learning_rate=r), values) for s, r in grid]
+    drawn["sweep.svg"] = figures.to_svg(heat.maps(cells, named(["bn"], "label")))
 
     claim = load_claims()["depth-limit"]
     accuracies = {arm: [[50, 60], [40, 20]] for arm in TWO}

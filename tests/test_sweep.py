@@ -2,17 +2,18 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from experiments import sweep
 from experiments.lab import metrics, rundir
+from experiments.lab.cells import SweepCell
 from experiments.lab.presets import BOOSTCOURSE
 from experiments.report import heat
-from experiments.sweep import SweepCell, SweepConfig
+from experiments.sweep import SweepConfig
 
-BN, LABELS = {"bn": "with BN"}, {"bn": "with BN", "no_bn": "without BN"}
 GRID = "--dataset", "digits", "--epochs", "2", "--replicates", "2", "--learning-rate"
 
 
@@ -50,17 +51,14 @@ def swept(tmp_path_factory):
 
 
 def cells_of(path):
-    return [
-        SweepCell(**{k: one[k] for k in SweepCell._fields})
-        for one in json.loads((path / "sweep.json").read_text())["cells"]
-    ]
+    return json.loads((path / "sweep.json").read_text())["cells"]
 
 
 def test_leaves_a_page_a_picture_and_numbers(swept):
     assert {file.name for file in swept.iterdir()} == {
         *("config.json", "cells", "sweep.html", "sweep.svg", "sweep.json"),
     }
-    assert [cell.learning_rate for cell in cells_of(swept)] == [0.0001, 0.01]
+    assert [cell["learning_rate"] for cell in cells_of(swept)] == [0.0001, 0.01]
     page = (swept / "sweep.html").read_text()
     assert page.count("<tr>") > 2
     assert "points" in page
@@ -97,8 +95,16 @@ def test_other_settings_are_refused(swept, capsys):
 
 def make_cell(activation, size, rate, **accuracies):
     """A cell whose metrics all have the values of its accuracies."""
+    experiment = replace(
+        BOOSTCOURSE,
+        activation=activation,
+        batch_size=size,
+        learning_rate=rate,
+        arms=tuple(accuracies),
+        reference="no_bn",
+    )
     values = {arm: dict.fromkeys(metrics.METRICS, one) for arm, one in accuracies.items()}
-    return SweepCell(activation, size, rate, rundir.nan_for_null(values))
+    return SweepCell(experiment, values)
 
 
 def test_maps_show_every_cell():
@@ -108,7 +114,7 @@ def test_maps_show_every_cell():
         for size in (32, 64)
         for rate, with_bn, without in ((0.1, [0.5, 0.6], [None, None]), (0.01, [0.5], [0.25]))
     ]
-    figure = heat.maps([(one, sweep.summarize_cell(one, "no_bn", LABELS)) for one in cells], BN)
+    figure = heat.maps(cells, {"bn": "with BN"})
     for axes in figure.axes[:2]:
         drawn = axes.images[0]
         np.testing.assert_array_equal(np.ma.filled(drawn.get_array(), np.nan), [[25, np.nan]] * 2)
@@ -131,7 +137,7 @@ def test_maps_show_every_cell():
 )
 def test_what_a_cell_says(with_bn, without, told):
     cell = make_cell("relu", 32, 0.1, bn=with_bn, no_bn=without)
-    assert sweep.summarize_cell(cell, "no_bn", LABELS).told == {"bn": told}
+    assert cell.tell("bn") == told
 
 
 @pytest.mark.parametrize(
@@ -145,12 +151,12 @@ def test_what_a_cell_says(with_bn, without, told):
 )
 def test_the_best_of_a_cell(with_bn, without, best):
     cell = make_cell("relu", 32, 0.1, bn=with_bn, no_bn=without)
-    assert sweep.summarize_cell(cell, "no_bn", LABELS).best == best
+    assert cell.best == best
 
 
 def test_a_map_in_which_every_network_diverged():
     cell = make_cell("relu", 32, 0.1, bn=[None], no_bn=[None])
-    figure = heat.maps([(cell, sweep.summarize_cell(cell, "no_bn", LABELS))], BN)
+    figure = heat.maps([cell], {"bn": "with BN"})
     assert [text.get_text() for text in figure.axes[0].texts] == ["both\ndiverged"]
 
 
@@ -159,8 +165,7 @@ def test_three_arms_have_a_map_each_and_a_best_in_every_cell(tmp_path, capsys):
     arms = "--arms", "layer_norm", "bn", "no_bn", "--reference", "bn"
     assert sweep.main([*GRID, "0.001", "0.01", "--out", str(path), *arms]) == 0
     told = capsys.readouterr().out
-    cells = json.loads((path / "sweep.json").read_text())["cells"]
-    for cell in cells:
+    for cell in cells_of(path):
         assert list(cell["values"]) == ["layer_norm", "bn", "no_bn"]
         assert list(cell["differences"]) == ["layer_norm", "no_bn"]
         means = {arm: np.mean(of_arm["test_accuracy"]) for arm, of_arm in cell["values"].items()}
@@ -180,16 +185,15 @@ def test_impossible_arms_are_refused_before_anything_is_trained(tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "content", [{"cells": [{"x": 1}]}, {"cells": []}, {"cells": "abc"}, {"cells": [3]}]
-)
+@pytest.mark.parametrize("content", [{"0.0001": {}}, {}, [], "abc"])
 def test_cells_that_are_not_of_this_sweep(swept, capsys, content):
     file = swept / "cells" / "relu-100.json"
     before = file.read_bytes()
     file.write_text(json.dumps(content))
     try:
         assert sweep.main([*GRID, "0.0001", "0.01", "--out", str(swept)]) == 2
-        assert "is not what this sweep wrote" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert "damaged: expected 0.0001, 0.01; delete it to train it again" in told
     finally:
         file.write_bytes(before)
 

@@ -18,6 +18,7 @@ import contextlib
 import difflib
 import hashlib
 import os
+import tomllib
 import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -26,10 +27,16 @@ from typing import NamedTuple
 import numpy as np
 
 from bnjax.data import download, idx, prepared
-from bnjax.data.sources import FILES, SOURCES
 from bnjax.errors import DataError, DataWarning, DownloadError
 from bnjax.names import choose
 
+FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+SOURCES = tomllib.loads(Path(__file__).with_name("sources.toml").read_text(encoding="utf-8"))
 NAMES = ("auto", *SOURCES, "digits")
 
 
@@ -111,17 +118,19 @@ def cache_directory() -> Path | None:
 def _from_directory(name: str, directory: Path) -> Dataset:
     try:
         directory = directory.expanduser()
-        places = [directory, directory / SOURCES[name].torchvision / "raw"]
+        places = [directory, directory / SOURCES[name]["torchvision"] / "raw"]
         if not directory.is_dir():
             problem = "not a directory" if directory.exists() else "no such directory"
             raise DataError(f"{directory}: {problem}; expected the IDX files of {name}")
         for place in places:
-            present = {entry.name for entry in place.iterdir()} if place.is_dir() else set()
-            paths = {file: path for file in FILES if (path := _find(file, place, present))}
+            paths = {file: path for file in FILES if (path := _find(file, place))}
+            if missing := [file for file in FILES if paths and file not in paths]:
+                raise DataError(
+                    f"{place}: {missing[0]}[.gz] is missing or no file, though others are there"
+                    f"{_near_miss(missing, place)}"
+                )
             if paths:
-                return _from_idx_files(name, place, paths)
-    except PermissionError as error:
-        raise DataError(f"{error.filename}: no permission to read this path") from error
+                return _checked(name, place, [_read_own(name, *one) for one in paths.items()])
     except (OSError, RuntimeError) as error:
         raise DataError(f"{directory}: this directory cannot be read ({error})") from error
     if arrays := prepared.read(name, directory):
@@ -132,40 +141,30 @@ def _from_directory(name: str, directory: Path) -> Dataset:
     )
 
 
-def _find(file: str, place: Path, present: set[str]) -> Path | None:
+def _find(file: str, place: Path) -> Path | None:
     dotted = file.replace("-idx", ".idx")
-    names = (file, f"{file}.gz", dotted, f"{dotted}.gz")
-    paths = [place / name for name in names if name in present]
+    paths = [place / name for name in (file, f"{file}.gz", dotted, f"{dotted}.gz")]
     nested = [path / path.name for path in paths]
-    return next(iter([path for path in paths + nested if path.is_file()] + paths), None)
+    return next((path for path in paths + nested if path.is_file()), None)
 
 
 def _near_miss(missing: Collection[str], *places: Path) -> str:
     """A hint at the first name there that is nearer to a missing file than to the others."""
-    for name in sorted(path.name for place in places for path in place.glob("[!.]*")):
+    near = (path.name for place in places for path in place.glob("[!.]*") if path.is_file())
+    for name in sorted(near):
         for file in difflib.get_close_matches(name.lower(), FILES, n=1):
             if file in missing:
                 return f"; if {name!r} is {file}, rename it"
     return ""
 
 
-def _from_idx_files(name: str, directory: Path, paths: dict[str, Path]) -> Dataset:
-    for file in FILES:
-        if file not in paths:
-            raise DataError(
-                f"{directory}: {file}[.gz] is missing, though other files are there"
-                f"{_near_miss([file], directory)}"
-            )
-    return _checked(name, directory, [_read_own(name, file, paths[file]) for file in FILES])
-
-
 def _read_own(name: str, file: str, path: Path) -> np.ndarray:
     """Reads a file, unless a checksum, its own or its content's, says that it is another one."""
     values = idx.read_images(path) if "images" in file else idx.read_labels(path)
     checksums = {
-        sha256: (other, known)
+        sha256: (other, known.removesuffix(".gz"))
         for other, source in SOURCES.items()
-        for known, sha256 in zip(FILES * 2, source.sha256 + source.unzipped_sha256, strict=False)
+        for known, sha256 in source["sha256"].items()
     }
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest not in checksums:  # perhaps gzipped anew
@@ -197,8 +196,8 @@ def _downloaded(name: str) -> Dataset:
                 "there is no home directory to keep it in and $XDG_CACHE_HOME is not set"
             )
         directory = cache / "datasets" / name
-        zipped = [f"{file}.gz" for file in FILES]
-        download.fetch(source.url, dict(zip(zipped, source.sha256, strict=True)), directory)
+        zipped = {f"{file}.gz": source["sha256"][f"{file}.gz"] for file in FILES}
+        download.fetch(source["url"], zipped, directory)
     except DataError as error:
         raise DownloadError(
             f"{name} cannot be downloaded: {error}; put its four IDX files into a directory and "

@@ -13,12 +13,7 @@ GIVE_UP_AFTER = 10.0  # seconds without a byte
 
 
 def fetch(url: str, sha256: Mapping[str, str], directory: Path) -> None:
-    """Downloads files into a directory, but for those that are there already.
-
-    Args:
-        url: their folder.
-        sha256: checksum of each file by its name.
-        directory: where to keep them.
+    """Downloads the files of that name and checksum that a directory does not have yet.
 
     Raises:
         DownloadError: if one cannot be had, also not when asked for again; those before it stay.
@@ -52,17 +47,13 @@ def _download(url: str, temporary: str, _: Any) -> None:
 def _explain(error: Exception) -> str:
     from requests import exceptions
 
-    match error:
-        case exceptions.HTTPError(response=response) if response is not None:
-            return f"is answered with HTTP status {response.status_code}"
-        case _ if isinstance(error, multiprocessing.TimeoutError) or "timed out" in str(error):
-            return f"sends no byte for {GIVE_UP_AFTER:g} seconds"
-        case exceptions.SSLError():
-            return "has no certificate that this machine trusts"
-        case exceptions.ConnectionError():
-            return "cannot be reached"
-        case exceptions.RequestException():
-            return f"does not come whole ({shorten(error)})"
-        case ValueError():
-            return "has other bytes than the registered checksum says"
-    return f"cannot be kept ({error})"
+    if isinstance(error, multiprocessing.TimeoutError) or "timed out" in str(error):
+        return f"sends no byte for {GIVE_UP_AFTER:g} seconds"
+    reasons = {
+        exceptions.SSLError: "has no certificate that this machine trusts",
+        exceptions.ConnectionError: "cannot be reached",
+        exceptions.RequestException: f"does not come ({shorten(error)})",
+        ValueError: "has other bytes than the registered checksum says",
+        Exception: f"cannot be kept ({error})",
+    }
+    return next(reason for kind, reason in reasons.items() if isinstance(error, kind))

@@ -23,13 +23,7 @@ CHUNK = 2**18
 
 
 def read_images(path: Path) -> np.ndarray:
-    """Reads gray images.
-
-    Args:
-        path: an IDX file, gzipped or not.
-
-    Returns:
-        `[N, 28, 28]` uint8.
+    """Gray images `[N, 28, 28]` uint8 of an IDX file, gzipped or not.
 
     Raises:
         DataError: if the file cannot be read, is not an IDX file of such images, or is shorter or
@@ -44,11 +38,7 @@ def read_images(path: Path) -> np.ndarray:
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """Reads class labels, `[N]` int32 in 0..9, as `read_images` reads images.
-
-    Raises:
-        DataError: as there, or if a label is above 9.
-    """
+    """Class labels `[N]` int32 in 0..9, read as images are; `DataError` if one is above 9."""
     labels = _read(path, rank=1).astype(np.int32)
     if labels.size and labels.max() > 9:
         where = int(np.argmax(labels > 9))
@@ -66,8 +56,6 @@ def sha256(values: np.ndarray) -> str:
 
 def _read(path: Path, rank: int) -> np.ndarray:
     try:
-        if path.is_fifo() or path.is_char_device() or path.is_block_device():
-            raise DataError(f"{path}: cannot be read: it is a pipe or a device, expected a file")
         with path.open("rb") as raw:
             zipped = raw.peek(2).startswith(GZIP)
             return _parse(path, gzip.GzipFile(fileobj=raw) if zipped else raw, rank)

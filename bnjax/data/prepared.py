@@ -2,12 +2,11 @@
 
 import io
 import os
-import warnings
 from pathlib import Path
 
 import numpy as np
 
-from bnjax.errors import DataError, DataWarning, shorten
+from bnjax.errors import DataError, shorten
 
 
 def default_directory() -> Path:
@@ -17,19 +16,15 @@ def default_directory() -> Path:
 
 
 def read(name: str, directory: Path) -> tuple[np.ndarray, ...] | None:
-    """Reads the newest version of a prepared dataset.
-
-    Args:
-        name: TFDS's name of the dataset, of 28x28 gray images in ten classes.
-        directory: a TFDS data directory.
+    """The newest version of a prepared dataset of 28x28 gray images in ten classes.
 
     Returns:
-        Training images and labels, test images and labels, in TFDS's order; or None if the
-        dataset is not there, or only as TFRecord, which needs TensorFlow: then with a
-        `DataWarning`.
+        Training images and labels, test images and labels, in TFDS's order; None if the dataset is
+        not there.
 
     Raises:
-        DataError: if the prepared files are damaged or may not be read.
+        DataError: if the prepared files are damaged, may not be read or are not ArrayRecord: other
+            formats need TensorFlow.
     """
     try:
         places = [info.parent for info in (directory / name).glob("*/dataset_info.json")]
@@ -37,22 +32,14 @@ def read(name: str, directory: Path) -> tuple[np.ndarray, ...] | None:
             return None
         import tensorflow_datasets as tfds  # slow, and mostly not needed
 
-        for place in sorted(places, key=lambda place: tfds.core.Version(place.name), reverse=True):
-            builder = tfds.builder_from_directory(place)
-            if tfds.core.FileFormat.ARRAY_RECORD in builder.info.available_file_formats():
-                return *_read_split(builder, "train"), *_read_split(builder, "test")
+        newest = max(places, key=lambda place: tfds.core.Version(place.name))
+        builder = tfds.builder_from_directory(newest)
+        return *_read_split(builder, "train"), *_read_split(builder, "test")
     except Exception as error:  # TFDS and its file formats raise whatever they like
         raise DataError(
             f"{directory / name}: the dataset that TFDS prepared here cannot be read "
             f"({shorten(error)})"
         ) from error
-    warnings.warn(
-        f"{directory / name} is not prepared as ArrayRecord; other formats need TensorFlow to read "
-        "and are passed over",
-        DataWarning,
-        stacklevel=2,
-    )
-    return None
 
 
 def _read_split(builder, split: str) -> tuple[np.ndarray, np.ndarray]:

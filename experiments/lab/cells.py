@@ -1,8 +1,9 @@
 """The cells of a sweep: trained together where only learning rates differ, and what each says."""
 
-from collections.abc import Mapping, Sequence
-from operator import attrgetter
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,27 +17,68 @@ from experiments.lab.console import format_summary
 from experiments.lab.presets import Experiment
 
 METRIC = "test_accuracy"
-SETTING = attrgetter("activation", "batch_size", "learning_rate")  # of an experiment
+AXES = ("activation", "batch_size", "learning_rate")
 ADAM = optax.inject_hyperparams(optax.adam)(learning_rate=1.0)
 
+Values = dict[str, dict[str, list[float | None]]]  # {arm: {metric: [R]}}, None where not finite
 
-class SweepCell(NamedTuple):
-    """One setting, and its metrics after the last epoch: `{arm: {metric: [R]}}`."""
 
-    activation: str
-    batch_size: int
-    learning_rate: float
-    values: dict[str, dict[str, list[float]]]
+@dataclass(frozen=True)
+class SweepCell:
+    """One setting, and its metrics after the last epoch."""
+
+    experiment: Experiment
+    values: Values
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """Its place in the grid."""
+        return {axis: getattr(self.experiment, axis) for axis in AXES}
 
     @property
     def name(self) -> str:
         """The setting in words."""
-        shown = f"{self.activation}, batches of {self.batch_size}"
-        return f"{shown}, learning rate {self.learning_rate:g}"
+        activation, size, rate = self.setting.values()
+        return f"{activation}, batches of {size}, learning rate {rate:g}"
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """As `summary.json` of a run."""
+        last = {
+            arm: {metric: np.array([values], np.float64) for metric, values in of_arm.items()}
+            for arm, of_arm in self.values.items()
+        }
+        return metrics.summarize(last, str(self.experiment.reference))
+
+    @property
+    def best(self) -> list[str]:
+        """The arms of the highest mean test accuracy; none where all diverged, several in a tie."""
+        means = {arm: of_arm[METRIC]["mean"] for arm, of_arm in self.summary["arms"].items()}
+        highest = max((mean for mean in means.values() if mean is not None), default=np.nan)
+        return [arm for arm, mean in means.items() if mean == highest]
+
+    def numbers(self) -> dict[str, Any]:
+        """The cell as `sweep.json` has it."""
+        found = {"differences": self.summary["differences"], "best": self.best}
+        return {**self.setting, "values": self.values, **found}
+
+    def points(self, arm: str) -> float:
+        """Points of test accuracy that an arm is worth; NaN where no pair of networks is finite."""
+        mean = self.summary["differences"][arm][METRIC]["mean"]
+        return np.nan if mean is None else 100 * mean
+
+    def tell(self, arm: str) -> str:
+        """The same in words, or who diverged."""
+        difference = self.summary["differences"][arm][METRIC]
+        if difference["n"]:
+            return format_summary(METRIC, difference, difference=True)
+        pair = {one: self.summary["arms"][one][METRIC] for one in (arm, self.summary["reference"])}
+        lost = [arms.find(one).label for one, found in pair.items() if not found["n"]]
+        return f"{lost[0] if len(lost) == 1 else 'both'} diverged"
 
 
-def train(group: Sequence[Experiment], dataset: Dataset) -> list[SweepCell]:
-    """The cells of experiments that differ in the learning rate alone, by one program."""
+def train(group: Sequence[Experiment], dataset: Dataset) -> list[Values]:
+    """The final metrics of experiments that differ in the learning rate alone, by one program."""
     first, count = group[0], group[0].replicates
     rates = np.repeat([one.learning_rate for one in group], count).astype(np.float32)
     epochs = scratch.train(
@@ -49,45 +91,10 @@ def train(group: Sequence[Experiment], dataset: Dataset) -> list[SweepCell]:
         change=lambda states: {arm: scratch.with_rates(s, rates) for arm, s in states.items()},
     )
     curves = scratch.curves(epochs, first.arms)
-
-    def final(k: int) -> dict[str, dict[str, list[float]]]:
-        own = slice(k * count, (k + 1) * count)
-        return {
-            arm: {metric: values[-1, own].tolist() for metric, values in of_arm.items()}
+    return [
+        {
+            arm: {metric: of[-1, start : start + count].tolist() for metric, of in of_arm.items()}
             for arm, of_arm in curves.items()
         }
-
-    return [SweepCell(*SETTING(one), final(k)) for k, one in enumerate(group)]
-
-
-class CellResult(NamedTuple):
-    """What a cell says.
-
-    Attributes:
-        summary: as `summary.json` of a run.
-        told: of each arm but the reference its difference in test accuracy, or who diverged.
-        best: the arms of the highest test accuracy, by the mean over the replicates in which it
-            is finite; none where all diverged, several where they tie.
-    """
-
-    summary: dict[str, Any]
-    told: dict[str, str]
-    best: list[str]
-
-
-def summarize_cell(cell: SweepCell, reference: str, labels: Mapping[str, str]) -> CellResult:
-    """What each arm is worth in a cell, against the reference."""
-    last = {
-        arm: {metric: np.array([values]) for metric, values in of_arm.items()}
-        for arm, of_arm in cell.values.items()
-    }
-    summary = metrics.summarize(last, reference)
-    means = {arm: of_arm[METRIC]["mean"] for arm, of_arm in summary["arms"].items()}
-    told = {}
-    for arm, difference in summary["differences"].items():
-        lost = [labels[one] for one in (arm, reference) if means[one] is None]
-        told[arm] = f"{lost[0] if len(lost) == 1 else 'both'} diverged"
-        if difference[METRIC]["n"]:
-            told[arm] = format_summary(METRIC, difference[METRIC], difference=True)
-    highest = max((mean for mean in means.values() if mean is not None), default=np.nan)
-    return CellResult(summary, told, [arm for arm, mean in means.items() if mean == highest])
+        for start in range(0, len(rates), count)
+    ]

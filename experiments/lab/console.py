@@ -12,6 +12,7 @@ from rich.console import Console, Group
 from rich.table import Table
 
 ONE_REPLICATE = "One replicate: no interval can be given; --replicates 8 would give one."
+Column = tuple[str, Iterable[str]]  # its heading, and its cells
 SHOWN = {"train_cost": "train cost", "test_loss": "test loss", "test_accuracy": "test acc."}
 
 
@@ -44,50 +45,45 @@ def closing_table(summary: Mapping[str, Any], titles: Mapping[str, str]) -> Grou
     One or two arms are columns. More are rows, told by their names, and differ in test accuracy:
     80 columns hold that.
     """
-    few, replicates = len(titles) < 3, summary["replicates"]
-    names = summary["arms"][summary["reference"]]
-    shown = {name: name.replace("_", " ") for name in names} if few else SHOWN
+    few, replicates, reference = len(titles) < 3, summary["replicates"], summary["reference"]
+    shown = {m: m.replace("_", " ") for m in summary["arms"][reference]} if few else SHOWN
     finals = [
         [format_final(metric, of_arm[metric], replicates) for metric in shown]
         for of_arm in summary["arms"].values()
     ]
     differences = [
-        [format_summary(metric, of_arm[metric], True), *format_certainty(metric, of_arm[metric])]
+        [
+            format_summary(metric, of_arm[metric], True).removesuffix("" if few else " points"),
+            *format_certainty(metric, of_arm[metric]),
+        ]
         for of_arm in summary["differences"].values()
         for metric in (shown if few else ["test_accuracy"])
     ]
-    headings = ["difference", "95 % interval", "wins", "p (sign test)"]
-    if replicates == 1:
-        headings, differences = headings[:1], [told[:1] for told in differences]
+    headings = ["difference", *["95 % interval", "wins", "p (sign test)"] * (replicates > 1)]
+    compared: list[Column] = [*zip(headings, zip(*differences, strict=True), strict=False)]
     title = f"After {summary['epochs']} epoch{'s' * (summary['epochs'] > 1)}"
     title += f", {replicates} replicates" * (replicates > 1)
-    if not few:
-        against = f"Difference from {summary['reference']} in points of test accuracy"
-        points = [[told[0].removesuffix(" points"), *told[1:]] for told in differences]
-        tables = [
-            _table(title, ["arm", *shown.values()], titles, finals),
-            _table(against, ["arm", *headings], summary["differences"], points),
-        ]
-    elif differences and replicates == 1:
-        rows = zip(*finals, *zip(*differences, strict=True), strict=True)
-        tables = [_table(title, ["metric", *titles.values(), *headings], shown.values(), rows)]
+    if few:
+        against, names = "Difference", ("metric", shown.values())
+        columns: list[Column] = [names, *zip(titles.values(), finals, strict=True)]
+        if replicates == 1:
+            columns, compared = columns + compared, []
     else:
-        rows = zip(*finals, strict=True)
-        tables = [_table(title, ["metric", *titles.values()], shown.values(), rows)]
-        if differences:
-            more = _table("Difference", ["metric", *headings], shown.values(), differences)
-            tables.append(more)
+        against = f"Difference from {reference} in points of test accuracy"
+        names, values = ("arm", summary["differences"]), zip(*finals, strict=True)
+        columns = [("arm", titles), *zip(shown.values(), values, strict=True)]
+    tables = [_table(title, columns)]
+    if compared:
+        tables.append(_table(against, [names, *compared]))
     return Group(*tables, *[ONE_REPLICATE] * (replicates == 1))
 
 
-def _table(
-    title: str, headings: Sequence[str], names: Iterable[str], rows: Iterable[Sequence[str]]
-) -> Table:
+def _table(title: str, columns: Sequence[Column]) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
-    for heading in headings:
+    for heading, _ in columns:
         table.add_column(heading, justify="right" if table.columns else "left")
-    for name, row in zip(names, rows, strict=True):
-        table.add_row(name, *row)
+    for row in zip(*(cells for _, cells in columns), strict=True):
+        table.add_row(*row)
     return table
 
 

@@ -50,11 +50,10 @@ def describe() -> dict[str, Any]:
 
 
 def make_placements(arms: tuple[Arm, ...], mesh: str, replicates: int) -> list[Placement]:
-    """Deals arms and replicates to devices.
+    """Deals arms and replicates to devices, on a CPU to those that `set_cpu_devices` makes.
 
-    A CPU's cores become devices, unless `XLA_FLAGS` already says how many there are. Every arm is
-    a program of its own there, so that its numbers do not depend on its neighbours. An accelerator
-    trains all arms in one program. With several processes every program runs on all devices.
+    There every arm is a program of its own, so that its numbers do not depend on its neighbours. An
+    accelerator trains all in one. With several processes every program runs on all devices.
 
     Args:
         arms: what to train.
@@ -69,9 +68,13 @@ def make_placements(arms: tuple[Arm, ...], mesh: str, replicates: int) -> list[P
     sizes = {} if mesh == "auto" else parse_mesh(mesh)
     together = jax.distributed.is_initialized()
     if not together:
-        needed = math.prod(sizes.values()) if sizes else len(arms) * replicates
-        set_cpu_devices(needed if sizes else min(_cores(), needed))
-    devices = _devices()
+        wanted = min(_cores(), len(arms) * replicates)
+        set_cpu_devices(math.prod(sizes.values()) if sizes else wanted)
+    try:
+        devices = jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0] or "none of those asked for is there"
+        raise ValueError(f"JAX finds no device ({reason}): see JAX_PLATFORMS, XLA_FLAGS") from error
     programs = [(arm,) for arm in arms] if devices[0].platform == "cpu" else [arms]
     if together:
         _check_sizes_of_all(sizes, replicates)
@@ -107,12 +110,7 @@ def _check_sizes_of_all(sizes: dict[str, int], replicates: int) -> None:
 def join_processes(mesh: str, coordinator: str | None, count: int | None, own: int | None) -> None:
     """Joins the other processes, each with its share of the mesh where the devices are CPUs.
 
-    Args:
-        mesh: as `make_placements` takes it.
-        coordinator, count, own: as `processes.start` takes them.
-
-    Raises:
-        ValueError: if they do not come together.
+    The mesh is as `make_placements` takes it, the rest and the errors those of `processes.start`.
     """
     share = math.prod(parse_mesh(mesh).values()) // count if count and mesh != "auto" else 1
     set_cpu_devices(max(share, 1))
@@ -122,14 +120,6 @@ def join_processes(mesh: str, coordinator: str | None, count: int | None, own: i
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     sys.stdout = os.fdopen(python, "w", buffering=1, encoding=sys.stdout.encoding, errors="replace")
     processes.start(coordinator, count, own)
-
-
-def _devices() -> list[jax.Device]:
-    try:
-        return jax.devices()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0] or "none of those asked for is there"
-        raise ValueError(f"JAX finds no device ({reason}): see JAX_PLATFORMS, XLA_FLAGS") from error
 
 
 def memory(placements: Sequence[Placement]) -> int:

@@ -29,7 +29,7 @@ class UserError(Exception):
     """Something that the user can put right, in one sentence."""
 
 
-class Terminated(BaseException):
+class Terminated(KeyboardInterrupt):
     """SIGTERM arrived."""
 
 
@@ -63,7 +63,7 @@ def run(
     """Runs a command and returns its exit status, by default 0.
 
     Args:
-        command: given what raises if the command is to stop, and is to be called now and then.
+        command: is given what raises if it is to stop, to be called now and then.
         resume_command: the words that start it again where it stopped, none where it cannot go on.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -88,8 +88,8 @@ def run(
             raise
         traceback.print_exc()  # Python's own end would wait for processes that wait for this one
         return 1
-    except (KeyboardInterrupt, Terminated) as stop:
-        status = 130 if isinstance(stop, KeyboardInterrupt) else 143
+    except KeyboardInterrupt as stop:
+        status = 143 if isinstance(stop, Terminated) else 130
         return _tell("stopped", status, resume_command(), by_first=True)
 
 
@@ -110,10 +110,10 @@ def leave(status: int) -> NoReturn:
 def _tell(message: str, status: int, words: Sequence[str] = (), *, by_first: bool = False) -> int:
     """Says why the command ends; of several processes each says its own, or the first for all."""
     hint = f"; go on with: {shlex.join(words)}" if words else ""
-    if processes.is_first():
-        print_plain(Console(stderr=True), message + hint)
-    elif not by_first:
-        print_plain(Console(stderr=True), f"{processes.name()}: {message}{hint}")
+    first = processes.is_first()
+    if first or not by_first:
+        who = "" if first else f"{processes.name()}: "
+        print_plain(Console(stderr=True), f"{who}{message}{hint}")
     return status
 
 
@@ -138,11 +138,8 @@ def _stopping() -> Iterator[Callable[[], None]]:
         raise_if_stopped()
 
     previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
-    hook = sys.unraisablehook
-    sys.unraisablehook = lambda dropped: dropped.exc_value in arrived or hook(dropped)
     try:
         yield raise_if_stopped
     finally:
-        sys.unraisablehook = hook
         for number, handler in previous.items():
             signal.signal(number, handler)

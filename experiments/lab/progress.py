@@ -12,8 +12,6 @@ from experiments.lab import metrics
 from experiments.lab.console import SHOWN, format_summary, print_plain
 from experiments.lab.presets import Experiment
 
-ACCURACY = "test_accuracy"
-
 
 @contextmanager
 def epoch_lines(
@@ -27,11 +25,11 @@ def epoch_lines(
     """Gives what prints an epoch, called with its lines of `metrics.jsonl`.
 
     Of more than two arms only the test accuracy, so that eight of them fit into 120 columns. On a
-    terminal a bar below the lines shows the latest test accuracy, of both arms or of the best, how
-    many images are trained on in a second, and the time left.
+    terminal a bar below the lines shows how many images are trained on in a second, and the time
+    left.
     """
     replicates, few = experiment.replicates, len(titles) < 3
-    shown = SHOWN if few else {ACCURACY: SHOWN[ACCURACY]}
+    shown = SHOWN if few else {"test_accuracy": SHOWN["test_accuracy"]}
     width = 32 if few else max(12, min(15, 100 // len(titles)))
 
     def line(parts: Iterable[str]) -> str:
@@ -39,25 +37,16 @@ def epoch_lines(
 
     def show(lines: Sequence[Mapping[str, Any]]) -> None:
         epoch, seconds = lines[0]["epoch"], lines[0]["seconds"]
-        means = {
-            arm: {metric: _summarize(of_arm[metric][-1]) for metric in shown}
-            for arm, of_arm in metrics.curves(lines, list(titles)).items()
-        }
         told = line(
-            "".join(f"{format_summary(metric, mean):>10}" for metric, mean in of_arm.items())
-            for of_arm in means.values()
+            "".join(f"{_mean(metric, of_arm[metric][-1]):>10}" for metric in shown)
+            for of_arm in metrics.curves(lines, list(titles)).values()
         )
         print_plain(console, f"{f'{epoch}/{experiment.epochs}':<8}{told}{seconds:8.2f}")
-        accuracies = {arm: of_arm[ACCURACY] for arm, of_arm in means.items()}
-        latest = [f"{arm} {format_summary(ACCURACY, one)}" for arm, one in accuracies.items()]
-        if not few:
-            best = np.argmax([np.nan_to_num(one["mean"], nan=-1) for one in accuracies.values()])
-            latest = [f"best {latest[best]}"]
-        images = examples * replicates * len(titles) / seconds
-        told = f"{', '.join(latest)}, {images:,.0f} images/s"
-        progress.update(task, completed=epoch, description=told)
+        speed = examples * replicates * len(titles) / seconds
+        progress.update(task, completed=epoch, description=f"{speed:,.0f} images/s")
 
-    heads = line(_cut(title if few else arm, width - 1) for arm, title in titles.items()).rstrip()
+    names = titles.values() if few else titles
+    heads = line(name if len(name) < width else f"{name[: width - 2]}…" for name in names).rstrip()
     over = f" (means of {replicates} replicates)" if replicates > 1 else ""
     print_plain(console, f"{'':8}{heads}{over}")
     columns = line(["".join(f"{title:>10}" for title in shown.values())] * len(titles))
@@ -76,10 +65,7 @@ def epoch_lines(
         yield show
 
 
-def _summarize(values: np.ndarray) -> dict[str, Any]:
+def _mean(metric: str, values: np.ndarray) -> str:
     finite = values[np.isfinite(values)]
-    return {"mean": float(finite.mean()) if len(finite) else float("nan"), "sd": None}
-
-
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    mean = finite.mean() if len(finite) else np.nan
+    return format_summary(metric, {"mean": mean, "sd": None})

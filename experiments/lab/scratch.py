@@ -73,23 +73,16 @@ def unstack(state: TrainState) -> list[TrainState]:
 def predict(
     state: TrainState, images: Array, size: int, *, train: bool, key: Array | None = None
 ) -> Array:
-    """Classes `[n]` of the images, `size` at a time, without those that fill no group.
+    """Classes `[n]` of the images `[N, ...]`, `size` at a time, but of those that fill no group.
 
-    Args:
-        state: the network.
-        images: `[N, ...]`, taken in their order.
-        size: images in a batch.
-        train: whether to predict in training mode.
-        key: for dropout in training mode.
+    `train` predicts in training mode; `key` is for its dropout.
     """
     rngs = {} if key is None else {"dropout": key}
 
     def classes(group: Array) -> Array:
         x = to_float(group)
-        logits, _ = state.apply_fn(
-            state.variables, x, train=train, mutable=["batch_stats"], rngs=rngs
-        )
-        return logits.argmax(axis=1)
+        apply = partial(state.apply_fn, mutable=["batch_stats"], rngs=rngs)
+        return apply(state.variables, x, train=train)[0].argmax(axis=1)
 
     whole = len(images) // size * size
     return jax.lax.map(classes, images[:whole].reshape(-1, size, *images.shape[1:])).ravel()
