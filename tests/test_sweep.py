@@ -193,7 +193,7 @@ def test_cells_that_are_not_of_this_sweep(swept, capsys, content):
     try:
         assert sweep.main([*GRID, "0.0001", "0.01", "--out", str(swept)]) == 2
         told = capsys.readouterr().err
-        assert "damaged: expected 0.0001, 0.01; delete it to train it again" in told
+        assert "damaged: it lacks 0.0001, 0.01; delete it to train it again" in told
     finally:
         file.write_bytes(before)
 

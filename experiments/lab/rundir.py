@@ -118,7 +118,7 @@ def _check_object(file: Path, content: Any, types: Mapping[str, type]) -> None:
     if not isinstance(content, dict) or not all(
         isinstance(content.get(name), kind) for name, kind in types.items()
     ):
-        raise CheckpointError(f"{file} is damaged: it lacks {', '.join(types)} of a run")
+        raise CheckpointError(f"{file} is damaged: it lacks {', '.join(types)}")
 
 
 def _refuse(constant: str) -> None:
