@@ -24,12 +24,11 @@ from typing import Annotated
 import jax
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from bnjax.data import Dataset
 from bnjax.names import choose
 from experiments.claims import Claim, Settings, load_claims, verdicts
-from experiments.claims.verdicts import format_seconds
 from experiments.lab import exits, results, rundir
 from experiments.lab.console import print_plain
 from experiments.lab.plan import load_data
@@ -77,7 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             chosen = [choose("claim", name, [*claims, "all"]) for name in config.claims]
             names = claims if "all" in chosen else dict.fromkeys(chosen)
             dataset = load_data(config.dataset, config.data_dir, console)
-            check_data(dataset)
+            if (found := len(dataset.train_labels)) < FEWEST:
+                raise ValueError(
+                    f"{dataset.name} has {found} training images: claims need {FEWEST}"
+                )
+            for preset in PRESETS.values():
+                preset.check_against(dataset)
             path = rundir.expand(config.out or rundir.default_path("reproduce", dataset.name))
         results.set_up_jax()
         decisive = {name: getattr(config, name) for name in ("quick", "replicates", "seed")}
@@ -91,15 +95,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exits.run(command, lambda: again)
 
 
-def check_data(dataset: Dataset) -> None:
-    """Refuses data with too few images for some claim, or a last batch of one for some preset."""
-    found = len(dataset.train_labels)
-    if found < FEWEST:
-        raise ValueError(f"{dataset.name} has {found} training images: claims need {FEWEST}")
-    for preset in PRESETS.values():
-        preset.check_against(dataset)
-
-
 def run(
     claims: Sequence[Claim],
     config: ReproduceConfig,
@@ -109,17 +104,14 @@ def run(
     raise_if_stopped: Callable[[], None],
 ) -> None:
     """Runs what is not done yet, prints a line for each claim, and keeps the page up to date."""
-    costs = {claim.id: claim.seconds[0 if config.quick else 1] for claim in claims}
     left = [claim for claim in claims if not (path / claim.id / verdicts.EVIDENCE).exists()]
-    total = sum(costs[claim.id] for claim in left)
-    told = f", {len(claims) - len(left)} done before" if len(left) < len(claims) else ""
-    count, duration = f"{len(claims)} claim{'s' * (len(claims) > 1)}", format_seconds(total)
-    print_plain(console, f"{count}{told}, about {duration} on two cores")
+    costs = {claim.id: claim.seconds[0 if config.quick else 1] for claim in left}
+    total, done = sum(costs.values()), len(claims) - len(left)
+    count = f"{len(claims)} claim{'s' * (len(claims) > 1)}" + f", {done} done before" * (done > 0)
+    print_plain(console, f"{count}, about {verdicts.format_seconds(total)} on two cores")
     settings = Settings(dataset, config.quick, config.replicates, config.seed)
-    page_command = results.command(PROG, dataclasses.replace(config, claims=(), out=None))
-    columns = TextColumn("{task.description}, time left"), TimeRemainingColumn(), BarColumn()
-    shown = console.is_terminal
-    with Progress(*columns, console=console, disable=not shown, transient=True) as bar:
+    again = shlex.join(results.command(PROG, dataclasses.replace(config, claims=(), out=None)))
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("", total=total)
         for claim in claims:
             if claim in left:
@@ -132,7 +124,7 @@ def run(
             print_plain(console, verdicts.format_line(path, claim))
             then = "the same command with --out tries again"
             with exits.optional(console, "the report could not be drawn", then):
-                verdicts.write_page(path, shlex.join(page_command))
+                verdicts.write_page(path, again)
             raise_if_stopped()
 
 

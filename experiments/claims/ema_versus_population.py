@@ -7,16 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from matplotlib.figure import Figure
 
 from bnjax import paired, population, training
 from bnjax.functional import BatchStats, batch_norm_train
 from bnjax.training import Batch, TrainState
-from experiments.claims import STYLES, Check, Claim, Evidence, Settings, collect
+from experiments.claims import Check, Claim, Evidence, Settings, collect, draw_lines
 from experiments.lab.arms import make_arms
 from experiments.lab.presets import BOOSTCOURSE
 from experiments.lab.scratch import train, unstack
-from experiments.report import figures
 
 MOMENTUM, BATCH, BATCHES, STREAMS = 0.9, 16, 150, 500
 EARLY = 10
@@ -36,7 +34,9 @@ def run(settings: Settings) -> Evidence:
     bias, startup, running, estimated = map(np.array, zip(*found, strict=True))
     few, some, many = (estimated[:, SAMPLES.index(count)] for count in (10, 1000, SAMPLES[-1]))
     values = (bias, startup, few - many, some - many, running - many)
-    return collect(CLAIM.checks, values, {"estimated": estimated, "running": running})
+    lines = {"estimated": estimated, "running": np.tile(running[:, None], len(SAMPLES))}
+    panels = {"Test accuracy in percent": lines}
+    return collect(CLAIM.checks, values, panels, SAMPLES)
 
 
 def _look(
@@ -90,17 +90,6 @@ def _biases(x: Array, key: Array) -> tuple[Array, Array]:
     return BATCH * jnp.mean(1 - late / var), left / MOMENTUM**EARLY
 
 
-def draw(evidence: Evidence) -> Figure:
-    """Test accuracy by the number of samples."""
-    figure, (axes,) = figures.panels(["Test accuracy with re-estimated statistics"], width=7)
-    label = "statistics of so many samples"
-    figures.draw_band(axes, STYLES["bn"], SAMPLES, evidence.picture["estimated"], label=label)
-    axes.axhline(np.mean(evidence.picture["running"]), color="gray", linestyle=":", label="running")
-    axes.set(xscale="log", xlabel="training images, log scale", ylabel="percent")
-    axes.legend(frameon=False)
-    return figure
-
-
 CLAIM = Claim(
     id="ema-versus-population",
     statement="A running variance lacks 1/m of the population's and carries momentum^t of its "
@@ -123,5 +112,9 @@ CLAIM = Claim(
     ),
     seconds=(18, 40),
     run=run,
-    draw=draw,
+    draw=draw_lines(
+        labels={"estimated": "re-estimated statistics", "running": "running statistics"},
+        xlabel="training images that they are estimated from",
+        xscale="log",
+    ),
 )

@@ -5,20 +5,19 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 from bnjax import diagnostics, initializers, models
-from experiments.claims import STYLES, Check, Claim, Evidence, Settings, around, collect
-from experiments.report import figures
+from experiments.claims import Check, Claim, Evidence, Settings, collect, draw_lines
 
 DEPTH, WIDTH = 30, 1000
 LAYERS = slice(4, 26)  # the fifth to the 26th
 LIMIT = math.pi / (math.pi - 1)
 PUBLISHED = {32: 1.522, 128: 1.480, 512: LIMIT}
+KINDS = {str(size): f"with BN, batch of {size}" for size in PUBLISHED} | {"no_bn": "without BN"}
 
 
 def run(settings: Settings) -> Evidence:
-    """Growth of the squared gradient norm per layer, and the norms of the first replicate."""
+    """The squared gradient norm of each layer, and its growth."""
     width = settings.either(500, WIDTH)
     keys = settings.keys(3, 5)
 
@@ -36,26 +35,14 @@ def run(settings: Settings) -> Evidence:
 
     squares = {str(size): measure("batch", size) for size in PUBLISHED}
     squares["no_bn"] = measure(None, 128)
-    first = {name: values[0] for name, values in squares.items()}
-    return collect(CLAIM.checks, map(_growth, squares.values()), first)
+    panels = {"Squared norm of the gradient in what leaves a layer": squares}
+    return collect(CLAIM.checks, map(_growth, squares.values()), panels)
 
 
 def _growth(squares: np.ndarray) -> np.ndarray:
     """Towards the input, per layer: the slope of the logarithm over the middle layers, `[R]`."""
     layers = np.arange(DEPTH)[LAYERS]
     return np.exp(-np.polyfit(layers, np.log(squares[:, LAYERS]).T, 1)[0])
-
-
-def draw(evidence: Evidence) -> Figure:
-    """Squared gradient norm by layer."""
-    figure, (axes,) = figures.panels(["Squared gradient norm at initialization"], width=7)
-    for name, style in zip(evidence.picture, ("-", "--", ":", "-"), strict=True):
-        label = "without BN" if name == "no_bn" else f"with BN, batch of {name}"
-        color = STYLES["no_bn" if name == "no_bn" else "bn"]["color"]
-        axes.semilogy(range(1, DEPTH + 1), evidence.picture[name], style, color=color, label=label)
-    axes.set(xlabel="layer, from the input on", ylabel="of what leaves the layer, log scale")
-    axes.legend(frameon=False)
-    return figure
 
 
 CLAIM = Claim(
@@ -70,12 +57,12 @@ CLAIM = Claim(
     "and within 3 % of 1 without batch normalization.",
     checks=(
         *(
-            around(f"growth per layer, batch of {size}", growth, 0.03 * growth)
-            for size, growth in PUBLISHED.items()
+            Check(f"growth per layer, batch of {size}", f"{x:.4g}", x - 0.03 * x, x + 0.03 * x)
+            for size, x in PUBLISHED.items()
         ),
         Check("growth per layer, without BN", "about 1", 0.97, 1.03),
     ),
     seconds=(18, 25),
     run=run,
-    draw=draw,
+    draw=draw_lines(labels=KINDS, xlabel="layer, from the input on", yscale="log"),
 )

@@ -3,14 +3,13 @@
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
 from bnjax import diagnostics
 from bnjax.training import Batch, TrainState
-from experiments.claims import STYLES, Check, Claim, Evidence, Settings, collect
+from experiments.claims import Check, Claim, Evidence, Settings, collect
 from experiments.lab.arms import make_arms
 from experiments.lab.presets import LAB10
 from experiments.lab.scratch import accuracy_of, head, predict, train, unstack
@@ -26,8 +25,9 @@ def run(settings: Settings) -> Evidence:
     arm, data, epochs = make_arms(PRESET)[0], settings.data(), settings.either(1, EPOCHS)
     *_, last = train([arm], keys, *data, epochs=epochs, batch_size=PRESET.batch_size)
     found = [_look(arm.module, state, data[1]) for state in unstack(last.states["bn"])]
-    *values, votes = zip(*found, strict=True)
-    return collect(CLAIM.checks, values, {"votes": votes[0]}, settings.incomparable())
+    *values, twice, alone = zip(*found, strict=True)
+    panels = {"Batch statistics, fed twice": twice[0], "Population statistics": alone[0]}
+    return collect(CLAIM.checks, values, panels, incomparable=settings.incomparable())
 
 
 def _look(model: nn.Module, state: TrainState, test: Batch) -> tuple[Any, ...]:
@@ -37,28 +37,26 @@ def _look(model: nn.Module, state: TrainState, test: Batch) -> tuple[Any, ...]:
     alone = predict(state, images, 1, train=False)
     hundred = diagnostics.train_eval_discrepancy(model, state.variables, head(test, 100))
     votes = [np.bincount(classes, minlength=10) for classes in (twice, alone)]
+    try:
+        predict(state, images[:1], 1, train=True)
+        refused = False
+    except ValueError:
+        refused = True
     return (
         100 * votes[0].max() / votes[0].sum(),
-        _is_refused(state, images[:1]),
+        refused,
         *(100 * accuracy_of(found, test.labels) for found in (alone, twice)),
         100 * float(hundred["changed"]),
-        votes,
+        *votes,
     )
 
 
-def _is_refused(state: TrainState, image: jax.Array) -> bool:
-    try:
-        predict(state, image, 1, train=True)
-    except ValueError:
-        return True
-    return False
-
-
 def draw(evidence: Evidence) -> Figure:
-    """The classes that single images get in both modes."""
-    figure, row = figures.panels(["Batch statistics, fed twice", "Population statistics"])
-    for axes, votes in zip(row, evidence.picture["votes"], strict=True):
-        axes.bar(range(10), votes, color=STYLES["bn"]["color"])
+    """The classes that single images of the first replicate get in both modes."""
+    panels = evidence.picture["panels"]
+    figure, row = figures.panels(list(panels))
+    for axes, votes in zip(row, panels.values(), strict=True):
+        axes.bar(range(10), votes)
         axes.set(xticks=range(10), xlabel="predicted class", ylabel="test images")
     return figure
 

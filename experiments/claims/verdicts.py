@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from experiments.claims import Check, Claim, Evidence, Verdict, interval, judge, load_claims
 from experiments.lab import exits, rundir
@@ -21,11 +21,9 @@ EVIDENCE = "evidence.json"
 
 def listing(claims: Iterable[Claim]) -> Table:
     """What can be run, and what it costs."""
-    table = Table(title="Claims about batch normalization", title_justify="left", box=SIMPLE)
-    table.add_column("claim", no_wrap=True)
-    table.add_column("says")
-    for heading in ("quick", "full"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    quick, full = (Column(name, justify="right", no_wrap=True) for name in ("quick", "full"))
+    table = Table(Column("claim", no_wrap=True), "says", quick, full, box=SIMPLE)
+    table.title, table.title_justify = "Claims about batch normalization", "left"
     for claim in claims:
         table.add_row(claim.id, claim.statement, *map(format_seconds, claim.seconds))
     return table
