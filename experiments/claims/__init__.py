@@ -28,7 +28,6 @@ from experiments.report import figures
 T = TypeVar("T")
 
 LABELS = {"bn": "with BN", "no_bn": "without BN"}
-STYLES = figures.arm_styles(LABELS)
 
 
 class Verdict(StrEnum):

@@ -33,8 +33,7 @@ def run(settings: Settings) -> Evidence:
     for title, arm in (("(b) A unit's input, no BN", "no_bn"), ("(c) ... with BN", "bn")):
         lines = np.moveaxis(percentiles[arm][:1, :, :, 0], -1, 0)  # of the first replicate
         panels[title] = dict(zip(PERCENTILES, lines, strict=True))
-    thousands = len(data[0].labels) // BATCH * np.arange(1, epochs + 1) / 1000
-    return collect(CLAIM.checks, _compare(accuracies, percentiles), panels, thousands)
+    return collect(CLAIM.checks, _compare(accuracies, percentiles), panels)
 
 
 def _percentiles(model: models.MLP, variables: Variables, batch: Batch) -> jax.Array:
@@ -71,7 +70,7 @@ def _first(accuracy: np.ndarray, levels: np.ndarray) -> np.ndarray:
 def draw(evidence: Evidence) -> Figure:
     """The three panels of the paper's figure."""
     labels = LABELS | {name: f"{name} percentile" for name in PERCENTILES}
-    figure = draw_lines(labels, xlabel="thousand steps")(evidence)
+    figure = draw_lines(labels, xlabel="epoch, 1,000 steps of MNIST")(evidence)
     figure.axes[2].sharey(figure.axes[1])
     return figure
 

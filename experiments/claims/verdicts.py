@@ -1,7 +1,6 @@
 """What is shown of the claims: the list, a line as each ends, and the page."""
 
 import math
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -39,11 +38,9 @@ def save(path: Path, claim: Claim, evidence: Evidence, seconds: float) -> None:
 
 def read(path: Path, claim: Claim) -> dict[str, Any]:
     """What the page shows of a claim that has evidence, but for its picture."""
-    content = rundir.nan_for_null(
-        rundir.read_object(path / claim.id / EVIDENCE, [*Evidence._fields, "seconds"])
-    )
-    seconds = content.pop("seconds")
-    evidence = Evidence(**content)
+    saved = rundir.read_object(path / claim.id / EVIDENCE, [*Evidence._fields, "seconds"])
+    seconds = saved.pop("seconds")
+    evidence = Evidence(**rundir.nan_for_null(saved))
     verdict, each = judge(claim, evidence)
     return {
         "claim": claim,
@@ -57,24 +54,20 @@ def read(path: Path, claim: Claim) -> dict[str, Any]:
 def _row(check: Check, verdict: Verdict, evidence: Evidence) -> dict[str, str]:
     values = np.array(evidence.measured.get(check.quantity, []), np.float64)
     low, high = interval(values, predicted=check.rule == "predicted")
+    measured = "not measured"
+    if len(values):
+        with np.errstate(invalid="ignore"):  # as of infinite values
+            mean, sd = values.mean(), values.std(ddof=1) if len(values) > 1 else math.nan
+        spread = f" ± {sd:.2g}" if math.isfinite(sd) else ""
+        measured = f"{mean:.4g}{spread} (n = {len(values)})"
     return {
         "quantity": check.quantity,
         "published": check.published,
-        "measured": _format_values(values),
+        "measured": measured,
         "interval": f"{low:.4g} to {high:.4g}" if math.isfinite(low + high) else "none",
         "allowed": _format_allowed(check),
         "verdict": verdict.value if check.decides else "",
     }
-
-
-def _format_values(values: np.ndarray) -> str:
-    """`mean ± standard deviation (n = ...)`."""
-    if not len(values):
-        return "not measured"
-    with np.errstate(invalid="ignore"):
-        mean, sd = values.mean(), values.std(ddof=1) if len(values) > 1 else math.nan
-    spread = f" ± {sd:.2g}" if math.isfinite(sd) else ""
-    return f"{mean:.4g}{spread} (n = {len(values)})"
 
 
 def _format_allowed(check: Check) -> str:
@@ -120,12 +113,12 @@ def write_page(path: Path, command: str) -> None:
     for section in sections:
         claim = section["claim"]
         section["figure"] = _figure(path / claim.id / "figure.png", claim, section["evidence"])
-    counts = Counter(section["verdict"] for section in sections)
+    counts = [(v.value, sum(section["verdict"] == v for section in sections)) for v in Verdict]
     html = render(
         "claims.html.j2",
         command=command,
         config=rundir.read_config(path),
-        counts=[(verdict.value, counts[verdict]) for verdict in Verdict],
+        counts=counts,
         sections=sections,
     )
     rundir.write_bytes(path / "report.html", html.encode())
