@@ -188,9 +188,8 @@ class Claim:
         id: its name on the command line.
         statement: what is claimed, in one sentence.
         source: paper, section, figure; course and lesson.
-        setup: what is run, with what the source leaves open.
-        criterion: the checks in words.
-        checks: what decides.
+        setup: what is run and measured, with what the source leaves open.
+        checks: the criterion.
         seconds: what the quick and the full run take on two cores, about.
         run: measures.
         draw: the figure, from the evidence alone.
@@ -201,7 +200,6 @@ class Claim:
     statement: str
     source: str
     setup: str
-    criterion: str
     checks: tuple[Check, ...]
     seconds: tuple[int, int]
     run: Callable[[Settings], Evidence]

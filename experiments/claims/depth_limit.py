@@ -42,8 +42,6 @@ CLAIM = Claim(
     setup=f"Hidden layers of {WIDTH}, ReLU, He's initialization, 600 steps of SGD on batches of "
     f"100 (quick: 100), depths {', '.join(map(str, DEPTHS))}, the best of the learning rates "
     f"{', '.join(f'{rate:g}' for rate in RATES)}. The paper goes to depth 100 and more epochs.",
-    criterion=f"With batch normalization, the mean of the best accuracy at depth {DEPTHS[-1]} is "
-    f"at least 20 points below that at depth {DEPTHS[0]}.",
     checks=(
         Check(
             f"test accuracy with BN, depth {DEPTHS[-1]} minus {DEPTHS[0]}, points",
