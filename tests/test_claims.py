@@ -339,7 +339,7 @@ def test_running_variance_of_normal_data_has_both_biases(scale):
 
 
 def test_lab10_columns_differ_by_the_loss_they_start_from():
-    size = lab10_erratum.PRESET.batch_size
+    size = lab10_erratum.LAB10.batch_size
     batch = Batch(*(jnp.asarray(a[: 3 * size + 5]) for a in few_digits()[1:3]))
     model = models.MLP((), 10)
     state = training.create_state(model, optax.sgd(0.1), jax.random.key(0), batch.images)

@@ -16,7 +16,6 @@ from bnjax.training import Batch, Metrics
 from experiments.claims.grids import (
     GridPoint,
     accuracy,
-    by_point,
     epochs_of,
     look_into,
     networks,
@@ -70,7 +69,7 @@ def initial() -> paired.States:
 
 
 def of_point(tree, number):
-    return jax.tree.map(lambda a: by_point(np.asarray(a), POINTS)[number], tree)
+    return jax.tree.map(lambda a: np.split(np.asarray(a), len(POINTS))[number], tree)
 
 
 def test_a_point_is_bitwise_what_it_is_alone(trained):
@@ -134,17 +133,10 @@ def test_initial_kernels_have_the_deviation_of_their_shape(initial, arm, number)
 
 @pytest.mark.parametrize("arm", ["bn", "no_bn"])
 def test_points_that_differ_in_their_rate_start_alike_and_part(trained, arm):
-    losses = by_point(np.asarray(trained[0].steps[arm].loss), POINTS)  # [C, R, steps]
+    losses = np.stack(np.split(trained[0].steps[arm].loss, len(POINTS)))  # [C, R, steps]
     np.testing.assert_array_equal(losses[1, :, 0], losses[2, :, 0])
     assert (losses[1, :, 1:] != losses[2, :, 1:]).all()
     assert (losses[0, :, 0] != losses[1, :, 0]).all()  # another initialization
-
-
-def test_by_point_unfolds_points_before_replicates():
-    values = np.arange(len(POINTS) * 3 * 2).reshape(-1, 2)
-    unfolded = by_point(values, POINTS)
-    assert unfolded.shape == (len(POINTS), 3, 2)
-    np.testing.assert_array_equal(unfolded[1], values[3:6])
 
 
 def test_accuracy_counts_in_percent():

@@ -131,7 +131,7 @@ class TestMistakes:
             ("scale-invarance", "unknown claim 'scale-invarance': did you mean 'scale-invariance'"),
             ("scale-invariance nonsense", "unknown claim 'nonsense'"),
             ("all --dataset minst", "unknown dataset 'minst': did you mean 'mnist'"),
-            ("all --replicates 0", "replicates is 0: expected 1 to 10000"),
+            ("all --replicates 0", "replicates is 0: expected at least 1"),
             ("all --replicates two", "two"),
             ("all --seed -1", "seed is -1: expected 0 to 4294967295"),
             ("all --seed 4294967296", "seed is 4294967296: expected 0 to 4294967295"),

@@ -89,15 +89,14 @@ class Check:
             return Verdict.PASS
         if not len(found) or (self.original and incomparable):
             return Verdict.INCONCLUSIVE
-        allowed = (self.low <= found) & (found <= self.high)
         if self.rule == "each":
-            return Verdict.PASS if allowed.all() else Verdict.FAIL
+            within = (self.low <= found) & (found <= self.high)
+            return Verdict.PASS if within.all() else Verdict.FAIL
         low, high = interval(found, predicted=self.rule == "predicted")
         if not (math.isfinite(low) and math.isfinite(high)):  # one replicate, or infinite values
-            outside = (
-                self.rule == "mean" and len(found) > 1 and not (allowed | np.isnan(found)).any()
-            )
-            return Verdict.FAIL if outside else Verdict.INCONCLUSIVE
+            beyond = np.all((found < self.low) | (found > self.high))
+            fails = self.rule == "mean" and len(found) > 1 and beyond
+            return Verdict.FAIL if fails else Verdict.INCONCLUSIVE
         if self.rule == "predicted":
             return Verdict.PASS if low <= self.low and self.high <= high else Verdict.FAIL
         if self.low <= low and high <= self.high:

@@ -15,17 +15,15 @@ def run(settings: Settings) -> Evidence:
     data = settings.data(settings.either(10_000, 60_000))
     epochs = grids.epochs_of(settings.either(100, 600), 100, data[0])
     depths = settings.either((DEPTHS[0], DEPTHS[-1]), DEPTHS)
-    points = [grids.GridPoint(rate, grids.he_std) for rate in RATES]
+    points = [grids.GridPoint(rate, lambda fan_in, _: np.sqrt(2 / fan_in)) for rate in RATES]
 
     def measure(depth: int) -> dict[str, np.ndarray]:
         sizes = (WIDTH,) * depth
         *_, last = grids.train_grid(
             points, keys, *data, epochs=epochs, batch_size=100, hidden_sizes=sizes
         )
-        return {
-            arm: grids.by_point(values, points).max(axis=0)
-            for arm, values in grids.accuracy(last).items()
-        }
+        accuracies = grids.accuracy(last).items()
+        return {arm: np.max(np.split(values, len(RATES)), axis=0) for arm, values in accuracies}
 
     best = grids.stack(measure(depth) for depth in depths)  # [R, depths]
     drop = best["bn"][:, -1] - best["bn"][:, 0]

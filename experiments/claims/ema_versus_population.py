@@ -16,19 +16,18 @@ from experiments.lab.arms import make_arms
 from experiments.lab.presets import BOOSTCOURSE
 from experiments.lab.scratch import train, unstack
 
-MOMENTUM, BATCH, BATCHES, STREAMS = 0.9, 16, 150, 500
-EARLY = 10
+MOMENTUM, BATCH, BATCHES, STREAMS, EARLY = 0.9, 16, 150, 500, 10
 SAMPLES = (10, 30, 100, 300, 1000, 10_000, 60_000)
-PRESET = BOOSTCOURSE
+KINDS = {"estimated": "re-estimated statistics", "running": "running statistics"}
 
 
 def run(settings: Settings) -> Evidence:
     """Biases over frozen weights, and accuracy by the number of samples."""
-    arm = make_arms(PRESET)[0]
+    arm = make_arms(BOOSTCOURSE)[0]
     keys = settings.keys(4, 10)
     examples, test = (jax.tree.map(jnp.asarray, batch) for batch in settings.data())
-    epochs = settings.either(2, PRESET.epochs)
-    *_, last = train([arm], keys, examples, test, epochs=epochs, batch_size=PRESET.batch_size)
+    epochs = settings.either(2, BOOSTCOURSE.epochs)
+    *_, last = train([arm], keys, examples, test, epochs=epochs, batch_size=BOOSTCOURSE.batch_size)
     pairs = zip(unstack(last.states["bn"]), keys, strict=True)
     found = [_look(*pair, arm.module, examples, test) for pair in pairs]
     bias, startup, running, estimated = map(np.array, zip(*found, strict=True))
@@ -108,9 +107,5 @@ CLAIM = Claim(
     ),
     seconds=(18, 40),
     run=run,
-    draw=draw_lines(
-        labels={"estimated": "re-estimated statistics", "running": "running statistics"},
-        xlabel="training images that they are estimated from",
-        xscale="log",
-    ),
+    draw=draw_lines(KINDS, xlabel="training images they are estimated from", xscale="log"),
 )

@@ -11,8 +11,7 @@ from experiments.claims import Check, Claim, Evidence, Settings, collect, draw_l
 
 DEPTH, WIDTH = 30, 1000
 LAYERS = slice(4, 26)  # the fifth to the 26th
-LIMIT = math.pi / (math.pi - 1)
-PUBLISHED = {32: 1.522, 128: 1.480, 512: LIMIT}
+PUBLISHED = {32: 1.522, 128: 1.480, 512: math.pi / (math.pi - 1)}  # by batch
 KINDS = {str(size): f"with BN, batch of {size}" for size in PUBLISHED} | {"no_bn": "without BN"}
 
 
@@ -50,9 +49,8 @@ CLAIM = Claim(
     statement="At initialization, batch normalization with ReLU makes the squared gradient norm "
     "grow by the same factor in every layer on its way back: pi / (pi - 1) for large batches.",
     source="Yang et al., A mean field theory of batch normalization (2019), theorems 5 and 8",
-    setup=f"{DEPTH} hidden layers of {WIDTH} (quick: 500), ReLU, He's initialization, training "
-    "images; the growth is the slope over layers 5 to 26 of the gradient in what leaves each "
-    "Dense layer.",
+    setup=f"{DEPTH} hidden layers of {WIDTH} (quick: 500), ReLU, He's initialization; the "
+    "growth is the slope over layers 5 to 26 of the gradient in what leaves each Dense layer.",
     checks=(
         *(
             Check(f"growth per layer, batch of {size}", f"{x:.4g}", x - 0.03 * x, x + 0.03 * x)

@@ -1,6 +1,5 @@
 """Grids of settings that differ in numbers alone, each trained as one program."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -20,7 +19,6 @@ from experiments.lab.scratch import train, with_rates
 
 T = TypeVar("T")
 
-ACTIVATION_NAMES = {"relu": "ReLU", "sigmoid": "sigmoid", "tanh": "tanh"}
 SGD = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)
 
 
@@ -34,11 +32,6 @@ class GridPoint(NamedTuple):
 
     learning_rate: float
     std: Callable[[int, int], float]
-
-
-def he_std(fan_in: int, fan_out: int) -> float:
-    """Of `bnjax.initializers.he_normal`, for a `GridPoint`."""
-    return math.sqrt(2 / fan_in)
 
 
 def networks(**fields: Any) -> dict[str, models.MLP]:
@@ -67,7 +60,7 @@ def train_grid(
         fields: of the `MLP`.
 
     Yields:
-        Epochs whose leading axis, of length C R, `by_point` unfolds.
+        Epochs whose leading axis is C R long: `np.split(values, C)` is `[R, ...]` of each point.
     """
     twins = networks(kernel_init=initializers.normal(1.0), **fields)
     arms = [Arm(name, module, SGD) for name, module in twins.items()]
@@ -90,11 +83,6 @@ def _scale(state: TrainState, points: Sequence[GridPoint], replicates: int) -> T
     params = jax.tree_util.tree_map_with_path(scale, state.params)
     rates = np.repeat(np.array([point.learning_rate for point in points], np.float32), replicates)
     return with_rates(state.replace(params=params), rates)
-
-
-def by_point(values: np.ndarray, points: Sequence[GridPoint]) -> np.ndarray:
-    """`[C R, ...]` as `[C, R, ...]`."""
-    return values.reshape(len(points), -1, *values.shape[1:])
 
 
 def accuracy(epoch: Epoch) -> dict[str, np.ndarray]:

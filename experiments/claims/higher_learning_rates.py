@@ -18,6 +18,7 @@ from experiments.claims import (
 
 STEPS, BATCH, STD = 50_000, 60, 0.05
 ARMS = ("no_bn", "bn")
+NAMES = {"relu": "ReLU", "sigmoid": "sigmoid"}
 PUBLISHED = {  # activation, rate: accuracy without and with batch normalization
     ("relu", 0.01): (97.5, 98.0),
     ("sigmoid", 0.01): (82.7, 97.3),
@@ -28,7 +29,7 @@ PUBLISHED = {  # activation, rate: accuracy without and with batch normalization
 
 
 def _title(activation: str, rate: float) -> str:
-    return f"{grids.ACTIVATION_NAMES[activation]} at {rate:g}"
+    return f"{NAMES[activation]} at {rate:g}"
 
 
 def run(settings: Settings) -> Evidence:
@@ -38,7 +39,7 @@ def run(settings: Settings) -> Evidence:
     epochs = settings.either(min(4, full), full)
     keys = settings.keys(2, 3)
     panels: dict[str, dict[str, np.ndarray]] = {_title(*point): {} for point in PUBLISHED}
-    for activation in ("relu", "sigmoid"):
+    for activation in NAMES:
         rates = [rate for name, rate in PUBLISHED if name == activation]
         points = [grids.GridPoint(rate, lambda *_: STD) for rate in rates]
         training = grids.train_grid(
@@ -52,7 +53,7 @@ def run(settings: Settings) -> Evidence:
         )
         by_arm = grids.stack(grids.accuracy(epoch) for epoch in training)
         for arm in ARMS:
-            for rate, curve in zip(rates, grids.by_point(by_arm[arm], points), strict=True):
+            for rate, curve in zip(rates, np.split(by_arm[arm], len(rates)), strict=True):
                 panels[_title(activation, rate)][arm] = curve  # [R, epochs]
     last = [curve[:, -1] for by_arm in panels.values() for curve in by_arm.values()]
     incomparable = settings.incomparable(f"{epochs} of {full} epochs")

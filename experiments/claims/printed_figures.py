@@ -68,8 +68,7 @@ COST = Claim(
     id="boostcourse-costs",
     statement="The training costs that the boostcourse notebook prints are what its networks cost.",
     source=NOTEBOOKS["boostcourse"].source,
-    setup="784-32-32-512, Adam 1e-3, batches of 100, 15 epochs: the preset boostcourse. The "
-    "figure shows all thirty costs.",
+    setup="784-32-32-512, Adam 1e-3, batches of 100, 15 epochs: the preset boostcourse.",
     checks=tuple(
         predicted(f"training cost, {epoch} epoch, {LABELS[arm]}", costs[k])
         for arm, costs in COSTS.items()
@@ -78,14 +77,12 @@ COST = Claim(
     seconds=(30, 140),
     run=partial(run, "boostcourse"),
     draw=partial(draw, "log"),
-    remark="Each figure has its own interval: by chance alone, about one run in six misses "
-    "one of four.",
+    remark="By chance alone, about one run in six misses one of the four intervals.",
 )
 
 ACCURACY = Claim(
     id="deep10-accuracy",
-    statement="The test accuracies that the post on ten hidden layers prints are what its "
-    "networks reach.",
+    statement="The test accuracies that the post on ten layers prints are what its networks reach.",
     source=NOTEBOOKS["deep10"].source,
     setup="Ten hidden layers of 64, Adam 1e-3, batches of 64, 9 epochs: the preset deep10.",
     checks=tuple(

@@ -32,8 +32,7 @@ def run(settings: Settings) -> Evidence:
 
 
 def _normalize(x: Array) -> Array:
-    width = x.shape[1]
-    stats = BatchStats(jnp.zeros(width), jnp.ones(width))
+    stats = BatchStats(jnp.zeros(x.shape[1]), jnp.ones(x.shape[1]))
     return batch_norm_train(x, None, None, stats, epsilon=0.0)[0]
 
 

@@ -5,29 +5,27 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 from bnjax import diagnostics
 from bnjax.training import Batch, TrainState
-from experiments.claims import Check, Claim, Evidence, Settings, collect
+from experiments.claims import Check, Claim, Evidence, Settings, collect, draw_lines
 from experiments.lab.arms import make_arms
 from experiments.lab.presets import LAB10
 from experiments.lab.scratch import accuracy_of, head, predict, train, unstack
-from experiments.report import figures
 
-PRESET = LAB10
 EPOCHS = 10
+KINDS = {"twice": "batch statistics, fed twice", "alone": "population statistics"}
 
 
 def run(settings: Settings) -> Evidence:
     """Predictions of single test images in training and in evaluation mode."""
     keys = settings.keys(3, 10)
-    arm, data, epochs = make_arms(PRESET)[0], settings.data(), settings.either(1, EPOCHS)
-    *_, last = train([arm], keys, *data, epochs=epochs, batch_size=PRESET.batch_size)
+    arm, data, epochs = make_arms(LAB10)[0], settings.data(), settings.either(1, EPOCHS)
+    *_, last = train([arm], keys, *data, epochs=epochs, batch_size=LAB10.batch_size)
     found = [_look(arm.module, state, data[1]) for state in unstack(last.states["bn"])]
     *values, twice, alone = zip(*found, strict=True)
-    panels = {"Batch statistics, fed twice": twice[0], "Population statistics": alone[0]}
-    return collect(CLAIM.checks, values, panels, incomparable=settings.incomparable())
+    panels = {"Predicted classes, first replicate": {"twice": twice[:1], "alone": alone[:1]}}
+    return collect(CLAIM.checks, values, panels, range(10), settings.incomparable())
 
 
 def _look(model: nn.Module, state: TrainState, test: Batch) -> tuple[Any, ...]:
@@ -51,16 +49,6 @@ def _look(model: nn.Module, state: TrainState, test: Batch) -> tuple[Any, ...]:
     )
 
 
-def draw(evidence: Evidence) -> Figure:
-    """The classes that single images of the first replicate get in both modes."""
-    panels = evidence.picture["panels"]
-    figure, row = figures.panels(list(panels))
-    for axes, votes in zip(row, panels.values(), strict=True):
-        axes.bar(range(10), votes)
-        axes.set(xticks=range(10), xlabel="predicted class", ylabel="test images")
-    return figure
-
-
 CLAIM = Claim(
     id="single-example-inference",
     statement="With batch statistics, predictions for one image at a time are worthless; with "
@@ -78,5 +66,5 @@ CLAIM = Claim(
     ),
     seconds=(9, 35),
     run=run,
-    draw=draw,
+    draw=draw_lines(KINDS, xlabel="class", ylabel="test images"),
 )

@@ -113,20 +113,12 @@ def write_page(path: Path, command: str) -> None:
     for section in sections:
         claim = section["claim"]
         section["figure"] = _figure(path / claim.id / "figure.png", claim, section["evidence"])
-    counts = [(v.value, sum(section["verdict"] == v for section in sections)) for v in Verdict]
-    html = render(
-        "claims.html.j2",
-        command=command,
-        config=rundir.read_config(path),
-        counts=counts,
-        sections=sections,
-    )
-    rundir.write_bytes(path / "report.html", html.encode())
-    verdicts = [
-        {"claim": section["claim"].id, "verdict": section["verdict"], "checks": section["rows"]}
-        for section in sections
+    shown = {"command": command, "config": rundir.read_config(path), "sections": sections}
+    rundir.write_bytes(path / "report.html", render("claims.html.j2", **shown).encode())
+    told = [
+        {"claim": s["claim"].id, "verdict": s["verdict"], "checks": s["rows"]} for s in sections
     ]
-    rundir.write_json(path / "verdicts.json", {"verdicts": verdicts})
+    rundir.write_json(path / "verdicts.json", {"verdicts": told})
 
 
 @figures.our_style
