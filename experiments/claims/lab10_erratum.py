@@ -32,7 +32,7 @@ def run(settings: Settings) -> Evidence:
     error = np.abs(difference - published[..., 2]) / published[..., 3]
     lead = meant["no_bn"][:, -1] - meant["bn"][:, -1]
     looped = {"bn": published[..., 0], "no_bn": published[..., 1]}
-    printed = [*PRINTED, *[math.nan] * epochs][:epochs]
+    printed = [*PRINTED, *[math.nan] * epochs][:epochs]  # the first eight, with BN
     panels = {
         "As published, training loss in nats": looped | {"printed": [printed]},
         "As meant, test loss in nats": meant,
@@ -85,7 +85,7 @@ def _validate(state: TrainState, examples: Batch, last: Array) -> Array:
 
 CLAIM = Claim(
     id="lab10-erratum",
-    statement="The near-tie that lab 10 prints is of one network counted twice; two differ.",
+    statement="Lab 10's near-tie is that of one network counted twice; two networks differ.",
     source="Lab 10, MNIST and softmax: mnist_batchnorm",
     setup="The preset lab10. As published: the network with batch normalization is called twice in "
     "each step, the validation runs over the training set, and bn_lost, set to 0 where bn_loss is "

@@ -52,9 +52,9 @@ def run(settings: Settings) -> Evidence:
         by_arm = grids.look_into(diagnostics.gradient_norms, twins, last.states, probe)
         for arm, values in grids.accuracy(last).items():
             by_layer = np.stack([by_arm[arm][f"Dense_{k}"] for k in range(DEPTH + 1)], axis=1)
-            settled = [(activation, *point, arm) for point in GRID]
-            accuracies |= zip(settled, np.split(values, len(GRID)), strict=True)  # [R]
-            norms |= zip(settled, np.split(by_layer, len(GRID)), strict=True)  # [R, layers]
+            places = [(activation, *point, arm) for point in GRID]
+            accuracies |= zip(places, np.split(values, len(GRID)), strict=True)  # [R]
+            norms |= zip(places, np.split(by_layer, len(GRID)), strict=True)  # [R, layers]
     panels = {
         "accuracy": {
             arm: [accuracies[name, *point, arm] for name, point in product(NAMES, GRID)]

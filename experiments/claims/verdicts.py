@@ -116,7 +116,8 @@ def write_page(path: Path, command: str) -> None:
     shown = {"command": command, "config": rundir.read_config(path), "sections": sections}
     rundir.write_bytes(path / "report.html", render("claims.html.j2", **shown).encode())
     told = [
-        {"claim": s["claim"].id, "verdict": s["verdict"], "checks": s["rows"]} for s in sections
+        {"claim": section["claim"].id, "verdict": section["verdict"], "checks": section["rows"]}
+        for section in sections
     ]
     rundir.write_json(path / "verdicts.json", {"verdicts": told})
 
