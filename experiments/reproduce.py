@@ -5,7 +5,7 @@
     python -m experiments.reproduce all --quick           runs less of each, minutes in all
     python -m experiments.reproduce all --out DIR         goes on in DIR, if it stopped there
 
-Each claim ends in PASS, FAIL or INCONCLUSIVE, by a criterion that was written before the run. DIR
+Each claim ends in PASS, FAIL or INCONCLUSIVE, by checks that were written before the run. DIR
 holds report.html, which puts published beside measured figures and opens without a network,
 verdicts.json, and a directory for each claim with its evidence and its picture.
 
@@ -16,7 +16,7 @@ Exit status: 0 whatever the verdicts; 2 a mistake in the command, the settings o
 import dataclasses
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -24,19 +24,16 @@ from typing import Annotated
 import jax
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
-from bnjax.data import Dataset
 from bnjax.names import choose
 from experiments.claims import Claim, Settings, load_claims, verdicts
-from experiments.claims.verdicts import format_seconds
 from experiments.lab import exits, results, rundir
 from experiments.lab.console import print_plain
 from experiments.lab.plan import load_data
-from experiments.lab.presets import PRESETS
+from experiments.lab.presets import PRESETS, Experiment
 
 FEWEST = 512
-MAX_REPLICATES = 10_000
 PROG = "python -m experiments.reproduce"
 
 
@@ -58,8 +55,7 @@ class ReproduceConfig(results.CommonConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.replicates is not None and not 1 <= self.replicates <= MAX_REPLICATES:
-            raise ValueError(f"replicates is {self.replicates}: expected 1 to {MAX_REPLICATES}")
+        Experiment(replicates=1 if self.replicates is None else self.replicates)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,63 +73,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
             chosen = [choose("claim", name, [*claims, "all"]) for name in config.claims]
             names = claims if "all" in chosen else dict.fromkeys(chosen)
             dataset = load_data(config.dataset, config.data_dir, console)
-            check_data(dataset)
+            if (found := len(dataset.train_labels)) < FEWEST:
+                raise ValueError(f"{found} training images in {dataset.name}: claims need {FEWEST}")
+            for preset in PRESETS.values():
+                preset.check_against(dataset)
             path = rundir.expand(config.out or rundir.default_path("reproduce", dataset.name))
-        results.set_up_jax()
+        settings = Settings(dataset, config.quick, config.replicates, config.seed)
         decisive = {name: getattr(config, name) for name in ("quick", "replicates", "seed")}
+        page_command = results.command(PROG, dataclasses.replace(config, claims=(), out=None))
+        results.set_up_jax()
         with results.directory(path, decisive, config, dataset):
             again.extend(results.command(PROG, dataclasses.replace(config, out=path)))
             print_plain(console, f"directory: {path}")
-            run([claims[name] for name in names], config, dataset, path, console, raise_if_stopped)
+            with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+                for claim in measure([claims[name] for name in names], settings, path, bar):
+                    print_plain(console, verdicts.format_line(path, claim))
+                    then = "the same command with --out tries again"
+                    with exits.optional(console, "the report could not be drawn", then):
+                        verdicts.write_page(path, shlex.join(page_command))
+                    raise_if_stopped()
             if (path / "report.html").exists():
                 print_plain(console, f"report: {path / 'report.html'}")
 
     return exits.run(command, lambda: again)
 
 
-def check_data(dataset: Dataset) -> None:
-    """Refuses data with too few images for some claim, or a last batch of one for some preset."""
-    found = len(dataset.train_labels)
-    if found < FEWEST:
-        raise ValueError(f"{dataset.name} has {found} training images: claims need {FEWEST}")
-    for preset in PRESETS.values():
-        preset.check_against(dataset)
-
-
-def run(
-    claims: Sequence[Claim],
-    config: ReproduceConfig,
-    dataset: Dataset,
-    path: Path,
-    console: Console,
-    raise_if_stopped: Callable[[], None],
-) -> None:
-    """Runs what is not done yet, prints a line for each claim, and keeps the page up to date."""
-    costs = {claim.id: claim.seconds[0 if config.quick else 1] for claim in claims}
+def measure(claims: list[Claim], settings: Settings, path: Path, bar: Progress) -> Iterator[Claim]:
+    """Says what it is to take, runs what is not done yet, and yields each claim that is."""
     left = [claim for claim in claims if not (path / claim.id / verdicts.EVIDENCE).exists()]
-    total = sum(costs[claim.id] for claim in left)
-    told = f", {len(claims) - len(left)} done before" if len(left) < len(claims) else ""
-    count, duration = f"{len(claims)} claim{'s' * (len(claims) > 1)}", format_seconds(total)
-    print_plain(console, f"{count}{told}, about {duration} on two cores")
-    settings = Settings(dataset, config.quick, config.replicates, config.seed)
-    page_command = results.command(PROG, dataclasses.replace(config, claims=(), out=None))
-    columns = TextColumn("{task.description}, time left"), TimeRemainingColumn(), BarColumn()
-    shown = console.is_terminal
-    with Progress(*columns, console=console, disable=not shown, transient=True) as bar:
-        task = bar.add_task("", total=total)
-        for claim in claims:
-            if claim in left:
-                bar.update(task, description=claim.id)
-                start = time.perf_counter()
-                evidence = claim.run(settings)
-                verdicts.save(path, claim, evidence, time.perf_counter() - start)
-                bar.advance(task, costs[claim.id])
-                jax.clear_caches()  # the next claim compiles programs of its own
-            print_plain(console, verdicts.format_line(path, claim))
-            then = "the same command with --out tries again"
-            with exits.optional(console, "the report could not be drawn", then):
-                verdicts.write_page(path, shlex.join(page_command))
-            raise_if_stopped()
+    costs = {claim.id: claim.seconds[0 if settings.quick else 1] for claim in left}
+    total, done = sum(costs.values()), len(claims) - len(left)
+    count = f"{len(claims)} claim{'s' * (len(claims) > 1)}" + f", {done} done before" * (done > 0)
+    print_plain(bar.console, f"{count}, about {verdicts.format_seconds(total)} on two cores")
+    task = bar.add_task("", total=total)
+    for claim in claims:
+        if claim in left:
+            bar.update(task, description=claim.id)
+            start = time.perf_counter()
+            evidence = claim.run(settings)
+            verdicts.save(path, claim, evidence, time.perf_counter() - start)
+            bar.advance(task, costs[claim.id])
+            jax.clear_caches()  # the next claim compiles programs of its own
+        yield claim
 
 
 if __name__ == "__main__":

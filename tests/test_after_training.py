@@ -244,8 +244,7 @@ def test_a_divergence_whose_layer_cannot_be_found_is_recorded(tmp_path, break_):
 
 def test_evidence_is_kept_where_its_picture_fails(tmp_path, monkeypatch, capsys):
     claim = load_claims()["depth-limit"]
-    evidence = Evidence({}, {"depths": [2, 4], "curves": {"bn": [[1, 2], [3, 4]]}})
-    evidence.picture["curves"]["no_bn"] = evidence.picture["curves"]["bn"]
+    evidence = Evidence({}, {"panels": {"Accuracy": {"bn": [[1, 2], [3, 4]]}}, "x": [2, 4]})
     monkeypatch.setattr(verdicts.figures, "to_png", lambda figure: 1 / 0)
     verdicts.save(tmp_path, claim, evidence, 1.0)
     rundir.write_json(tmp_path / "config.json", json.loads(CONFIG))

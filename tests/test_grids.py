@@ -1,7 +1,6 @@
 """Grids of settings: every point is the run that it would be alone."""
 
 import math
-from typing import NamedTuple
 
 import chex
 import jax
@@ -10,11 +9,19 @@ import numpy as np
 import optax
 import pytest
 
-from bnjax import initializers, models, paired
+from bnjax import diagnostics, initializers, models, paired
 from bnjax.paired import Arm, Epoch, Placement, Trainer
 from bnjax.parallel.mesh import make_mesh
 from bnjax.training import Batch, Metrics
-from experiments.claims.grids import GridPoint, accuracy, by_point, epochs_of, networks, train_grid
+from experiments.claims.grids import (
+    GridPoint,
+    accuracy,
+    epochs_of,
+    look_into,
+    networks,
+    stack,
+    train_grid,
+)
 
 REPLICATES, BATCH, WIDTH = 2, 8, 40
 
@@ -43,43 +50,34 @@ def keys() -> jax.Array:
     return paired.replicate_keys(0, REPLICATES)
 
 
-class Run(NamedTuple):
-    """The initial states and two epochs; the states of the first epoch are gone."""
-
-    initial: paired.States
-    epochs: tuple[Epoch, Epoch]
-
-
-def grid(points) -> Run:
-    initial = {}
-    first, last = train_grid(
-        points,
-        keys(),
-        TRAIN,
-        TEST,
-        epochs=2,
-        batch_size=BATCH,
-        at_start=lambda states: initial.update(jax.tree.map(np.array, states)),
-        hidden_sizes=(WIDTH,),
-    )
-    return Run(initial, (first, last))
+def grid(points) -> list[Epoch]:
+    """Two epochs; the states of the first are gone."""
+    sizes = {"epochs": 2, "batch_size": BATCH, "hidden_sizes": (WIDTH,)}
+    return list(train_grid(points, keys(), TRAIN, TEST, **sizes))
 
 
 @pytest.fixture(scope="module")
-def trained() -> Run:
+def trained() -> list[Epoch]:
     return grid(POINTS)
 
 
+@pytest.fixture(scope="module")
+def initial() -> paired.States:
+    """The states before training, which a rate of 0 leaves as they were."""
+    still = [GridPoint(0.0, point.std) for point in POINTS]
+    return jax.tree.map(np.asarray, grid(still)[-1].states)
+
+
 def of_point(tree, number):
-    return jax.tree.map(lambda a: by_point(np.asarray(a), POINTS)[number], tree)
+    return jax.tree.map(lambda a: np.split(np.asarray(a), len(POINTS))[number], tree)
 
 
 def test_a_point_is_bitwise_what_it_is_alone(trained):
     alone = grid(POINTS[1:2])
 
     def numbers(run):
-        states = {arm: (s.params, s.batch_stats) for arm, s in run.epochs[-1].states.items()}
-        epochs = [(epoch.steps, epoch.train, epoch.test) for epoch in run.epochs]
+        states = {arm: (s.params, s.batch_stats) for arm, s in run[-1].states.items()}
+        epochs = [(epoch.steps, epoch.train, epoch.test) for epoch in run]
         return jax.tree.map(np.asarray, (states, epochs))
 
     chex.assert_trees_all_equal(of_point(numbers(trained), 1), numbers(alone))
@@ -110,7 +108,7 @@ def test_a_point_is_plain_sgd_from_scaled_normal_kernels(trained):
     states = trainer.initial_states()
     states = {name: scaled(state, POINTS[1].std) for name, state in states.items()}
     plain = trainer.epochs(states, range(1, 3))
-    for found, expected in zip(trained.epochs, plain, strict=True):
+    for found, expected in zip(trained, plain, strict=True):
         for arm in ("bn", "no_bn"):
             for part in ("steps", "train", "test"):
                 mine, other = (getattr(epoch, part)[arm].loss for epoch in (found, expected))
@@ -119,8 +117,8 @@ def test_a_point_is_plain_sgd_from_scaled_normal_kernels(trained):
 
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("arm", ["bn", "no_bn"])
-def test_initial_kernels_have_the_deviation_of_their_shape(trained, arm, number):
-    params = of_point(trained.initial[arm].params, number)
+def test_initial_kernels_have_the_deviation_of_their_shape(initial, arm, number):
+    params = of_point(initial[arm].params, number)
     for layer, sizes in (("Dense_0", (16, WIDTH)), ("Dense_1", (WIDTH, 10))):
         kernel = params[layer]["kernel"]
         assert kernel.shape == (REPLICATES, *sizes)
@@ -135,17 +133,10 @@ def test_initial_kernels_have_the_deviation_of_their_shape(trained, arm, number)
 
 @pytest.mark.parametrize("arm", ["bn", "no_bn"])
 def test_points_that_differ_in_their_rate_start_alike_and_part(trained, arm):
-    losses = by_point(np.asarray(trained.epochs[0].steps[arm].loss), POINTS)  # [C, R, steps]
+    losses = np.stack(np.split(trained[0].steps[arm].loss, len(POINTS)))  # [C, R, steps]
     np.testing.assert_array_equal(losses[1, :, 0], losses[2, :, 0])
     assert (losses[1, :, 1:] != losses[2, :, 1:]).all()
     assert (losses[0, :, 0] != losses[1, :, 0]).all()  # another initialization
-
-
-def test_by_point_unfolds_points_before_replicates():
-    values = np.arange(len(POINTS) * 3 * 2).reshape(-1, 2)
-    unfolded = by_point(values, POINTS)
-    assert unfolded.shape == (len(POINTS), 3, 2)
-    np.testing.assert_array_equal(unfolded[1], values[3:6])
 
 
 def test_accuracy_counts_in_percent():
@@ -162,3 +153,18 @@ def test_epochs_come_nearest_to_the_steps(steps, epochs):
 def test_networks_are_twins():
     twins = networks(hidden_sizes=(7,))
     assert twins["bn"] == twins["no_bn"].clone(norm="batch") != twins["no_bn"]
+
+
+def test_probes_see_each_replicate(trained):
+    twins = networks(hidden_sizes=(WIDTH,))
+    found = look_into(diagnostics.features, twins, trained[-1].states, TEST)
+    for arm, model in twins.items():
+        second = jax.tree.map(lambda a: a[1], trained[-1].states[arm].variables)
+        expected = diagnostics.features(model, second, TEST)["features_1"]
+        np.testing.assert_allclose(found[arm]["features_1"][1], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_stacks_what_was_found_after_every_epoch():
+    found = stack({"a": (np.full(3, k), np.full((3, 2), k))} for k in range(4))
+    assert [values.shape for values in found["a"]] == [(3, 4), (3, 4, 2)]
+    np.testing.assert_array_equal(found["a"][0][0], range(4))

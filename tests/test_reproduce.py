@@ -79,7 +79,6 @@ def fake(values, interfere=lambda: None, **fields) -> tuple[Claim, list[bool]]:
         "statement": "Two values are about 1.",
         "source": "nobody",
         "setup": "none.",
-        "criterion": "the mean is.",
         "checks": (Check("q", "1", 0.5, 1.5),),
         "seconds": (1, 100),
     }
@@ -132,7 +131,7 @@ class TestMistakes:
             ("scale-invarance", "unknown claim 'scale-invarance': did you mean 'scale-invariance'"),
             ("scale-invariance nonsense", "unknown claim 'nonsense'"),
             ("all --dataset minst", "unknown dataset 'minst': did you mean 'mnist'"),
-            ("all --replicates 0", "replicates is 0: expected 1 to 10000"),
+            ("all --replicates 0", "replicates is 0: expected at least 1"),
             ("all --replicates two", "two"),
             ("all --seed -1", "seed is -1: expected 0 to 4294967295"),
             ("all --seed 4294967296", "seed is 4294967296: expected 0 to 4294967295"),
@@ -263,7 +262,7 @@ class TestRealClaim:
     def test_page_says_what_was_claimed_measured_and_decided(self, finished):
         page = Page(finished[0])
         (told,) = json.loads((finished[0] / "verdicts.json").read_text())["verdicts"]
-        for text in (REAL.statement, REAL.source, REAL.setup, REAL.criterion):
+        for text in (REAL.statement, REAL.source, REAL.setup):
             assert plain(text) in page.text
         for row in told["checks"]:
             for name in ("quantity", "published", "measured", "interval", "allowed", "verdict"):
@@ -357,12 +356,12 @@ def test_directory_has_a_name_of_its_own(capsys, tmp_path, monkeypatch, offer):
 def test_text_is_escaped(tmp_path, offer):
     nasty = "<script>alert('x')</script> & <b>bold</b>."
     checks = (Check("<i>q</i>", "<u>1</u>", 0.5, 1.5),)
-    texts = dict.fromkeys(("statement", "source", "setup", "criterion", "remark"), nasty)
+    texts = dict.fromkeys(("statement", "source", "setup", "remark"), nasty)
     offer(fake([1.0], checks=checks, **texts)[0])
     assert call("made-up", *DIGITS, "--out", tmp_path / "out") == 0
     page = Page(tmp_path / "out")
     assert not {"script", "b", "i", "u"} & page.tags
-    assert page.text.count(plain(nasty)) == 6  # the statement stands in the overview, too
+    assert page.text.count(plain(nasty)) == 5  # the statement stands in the overview, too
     assert "<i>q</i> <u>1</u>" in page.text
 
 

@@ -101,7 +101,7 @@ def draw(made_up_runs: list[Path]) -> dict[str, bytes]:
 
     claim = load_claims()["depth-limit"]
     accuracies = {arm: [[50, 60], [40, 20]] for arm in TWO}
-    evidence = Evidence({}, {"depths": [2, 4], "curves": accuracies})
+    evidence = Evidence({}, {"panels": {"Accuracy": accuracies}, "x": [2, 4]})
     figure = place / "figure.png"
     figure.unlink(missing_ok=True)
     verdicts._figure(figure, claim, evidence)

@@ -5,6 +5,7 @@ checks, written before any run, say which values of which name the claim allows.
 passes is decided by these alone (`judge`).
 """
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jax import Array
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
@@ -28,7 +28,6 @@ from experiments.report import figures
 T = TypeVar("T")
 
 LABELS = {"bn": "with BN", "no_bn": "without BN"}
-STYLES = figures.arm_styles(LABELS)
 
 
 class Verdict(StrEnum):
@@ -91,55 +90,45 @@ class Check:
         if not len(found) or (self.original and incomparable):
             return Verdict.INCONCLUSIVE
         if self.rule == "each":
-            return Verdict.PASS if np.all(self._allows(found)) else Verdict.FAIL
+            within = (self.low <= found) & (found <= self.high)
+            return Verdict.PASS if within.all() else Verdict.FAIL
         low, high = interval(found, predicted=self.rule == "predicted")
         if not (math.isfinite(low) and math.isfinite(high)):  # one replicate, or infinite values
-            beyond = ~self._allows(found) & ~np.isnan(found)
-            outside = self.rule == "mean" and len(found) > 1 and np.all(beyond)
-            return Verdict.FAIL if outside else Verdict.INCONCLUSIVE
+            beyond = np.all((found < self.low) | (found > self.high))
+            fails = self.rule == "mean" and len(found) > 1 and beyond
+            return Verdict.FAIL if fails else Verdict.INCONCLUSIVE
         if self.rule == "predicted":
             return Verdict.PASS if low <= self.low and self.high <= high else Verdict.FAIL
-        if self._allows(low) and self._allows(high):
+        if self.low <= low and high <= self.high:
             return Verdict.PASS
         return Verdict.FAIL if high < self.low or low > self.high else Verdict.INCONCLUSIVE
 
-    def _allows(self, value: Any) -> Any:
-        return (self.low <= value) & (value <= self.high)
-
 
 def collect(
-    checks: Iterable[Check], values: Iterable[ArrayLike], picture: Any, incomparable: str = ""
+    checks: Iterable[Check],
+    values: Iterable[ArrayLike],
+    panels: Mapping[str, Any] = {},
+    x: Iterable[Any] = (),
+    incomparable: str = "",
 ) -> Evidence:
     """The evidence: values `[R]` under the names of the checks, in their order, and a picture.
 
     Args:
         checks: what the claim allows.
         values: what was measured for each of them.
-        picture: what the figure draws, in dicts, lists and arrays.
+        panels: what the figure draws, `{title: {line: [R, N]}}` for `draw_lines`.
+        x: of these lines, `[N]`; by default 1 to N.
         incomparable: why figures of the original set-up do not compare.
     """
     pairs = zip(checks, values, strict=True)
     measured = {check.quantity: np.asarray(found, np.float64).tolist() for check, found in pairs}
-    return Evidence(measured, _to_lists(picture), incomparable)
-
-
-def _to_lists(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _to_lists(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_to_lists(item) for item in value]
-    return value.tolist() if hasattr(value, "tolist") else value
+    plain = json.dumps({"panels": panels, "x": x}, default=lambda found: np.asarray(found).tolist())
+    return Evidence(measured, json.loads(plain), incomparable)
 
 
 def predicted(quantity: str, figure: float) -> Check:
     """A check that a published figure lies within the prediction interval of the replicates."""
     return Check(quantity, f"{figure:.10g}", figure, figure, "predicted", original=True)
-
-
-def around(quantity: str, figure: float, tolerance: float, *, original: bool = False) -> Check:
-    """A check that the mean is within `tolerance` of the published figure."""
-    low, high = figure - tolerance, figure + tolerance
-    return Check(quantity, f"{figure:.4g}", low, high, original=original)
 
 
 def interval(values: np.ndarray, *, predicted: bool = False) -> tuple[float, float]:
@@ -151,9 +140,8 @@ def interval(values: np.ndarray, *, predicted: bool = False) -> tuple[float, flo
     if summary.interval is None or summary.n < len(values):
         return math.nan, math.nan
     low, high = summary.interval
-    widening = math.sqrt(summary.n + 1) if predicted else 1.0
-    middle, half = (low + high) / 2, (high - low) / 2 * widening
-    return middle - half, middle + half
+    half = (high - low) / 2 * (math.sqrt(summary.n + 1) if predicted else 1)
+    return (low + high) / 2 - half, (low + high) / 2 + half
 
 
 @dataclass(frozen=True)
@@ -199,9 +187,8 @@ class Claim:
         id: its name on the command line.
         statement: what is claimed, in one sentence.
         source: paper, section, figure; course and lesson.
-        setup: what is run, with what the source leaves open.
-        criterion: the checks in words.
-        checks: what decides.
+        setup: what is run and measured, with what the source leaves open.
+        checks: the criterion.
         seconds: what the quick and the full run take on two cores, about.
         run: measures.
         draw: the figure, from the evidence alone.
@@ -212,7 +199,6 @@ class Claim:
     statement: str
     source: str
     setup: str
-    criterion: str
     checks: tuple[Check, ...]
     seconds: tuple[int, int]
     run: Callable[[Settings], Evidence]
@@ -220,12 +206,26 @@ class Claim:
     remark: str = ""
 
 
-def draw_arms(axes: Axes, x: ArrayLike, by_arm: Mapping[str, ArrayLike], **settings: Any) -> None:
-    """Each arm's `[R, N]` over x `[N]`: the mean within its interval; `settings` of the axes."""
-    for arm, values in by_arm.items():
-        figures.draw_band(axes, STYLES[arm], x, values)
-    axes.set(**settings)
-    axes.legend(frameon=False)
+def draw_lines(labels: Mapping[str, str] = LABELS, **settings: Any) -> Callable[[Evidence], Figure]:
+    """Draws panels of lines, each the mean over replicates within its 95 % confidence interval.
+
+    Args:
+        labels: of the lines.
+        settings: of the axes of every panel, as `xlabel`.
+    """
+
+    def draw(evidence: Evidence) -> Figure:
+        styles, panels = figures.arm_styles(labels), evidence.picture["panels"]
+        figure, row = figures.panels(list(panels), width=14 / (1 + len(panels)))
+        for axes, lines in zip(row, panels.values(), strict=True):
+            for name, values in lines.items():
+                x = evidence.picture["x"] or range(1, 1 + len(values[0]))
+                figures.draw_band(axes, styles[name], x, values)
+            axes.set(**settings)
+            axes.legend()
+        return figure
+
+    return draw
 
 
 def judge(claim: Claim, evidence: Evidence) -> tuple[Verdict, list[Verdict]]:

@@ -1,9 +1,10 @@
 """Grids of settings that differ in numbers alone, each trained as one program."""
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,12 +12,13 @@ import optax
 from jax import Array
 
 from bnjax import initializers, models
+from bnjax.diagnostics import Variables
 from bnjax.paired import Arm, Epoch, States
 from bnjax.training import Batch, TrainState
 from experiments.lab.scratch import train, with_rates
 
-ACTIVATION_NAMES = {"relu": "ReLU", "sigmoid": "sigmoid", "tanh": "tanh"}
-UNIT_NORMAL = initializers.normal(1.0)
+T = TypeVar("T")
+
 SGD = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)
 
 
@@ -32,9 +34,9 @@ class GridPoint(NamedTuple):
     std: Callable[[int, int], float]
 
 
-def he_std(fan_in: int, fan_out: int) -> float:
-    """Of `bnjax.initializers.he_normal`, for a `GridPoint`."""
-    return math.sqrt(2 / fan_in)
+def networks(**fields: Any) -> dict[str, models.MLP]:
+    """An MLP with batch normalization and its twin without."""
+    return {"bn": models.MLP(norm="batch", **fields), "no_bn": models.MLP(norm=None, **fields)}
 
 
 def train_grid(
@@ -45,30 +47,26 @@ def train_grid(
     *,
     epochs: int,
     batch_size: int,
-    at_start: Callable[[States], None] = lambda states: None,
     **fields: Any,
 ) -> Iterator[Epoch]:
-    """An MLP with batch normalization and its twin without, trained by SGD at every point.
+    """`networks`, trained by SGD at every point from normal kernels and biases of 0.
 
-    All points share the keys: they differ in their numbers alone. Initial biases are 0.
+    All points share the keys: they differ in their numbers alone.
 
     Args:
         points: C settings.
         keys: `[R]`.
         examples, test, epochs, batch_size: as in `train`.
-        at_start: sees the initial states, which the first epoch is given for its own.
         fields: of the `MLP`.
 
     Yields:
-        Epochs whose leading axis, of length C R, `by_point` unfolds.
+        Epochs whose leading axis is C R long: `np.split(values, C)` is `[R, ...]` of each point.
     """
-    twins = networks(kernel_init=UNIT_NORMAL, **fields)
+    twins = networks(kernel_init=initializers.normal(1.0), **fields)
     arms = [Arm(name, module, SGD) for name, module in twins.items()]
 
     def change(states: States) -> States:
-        changed = {name: _scale(state, points, len(keys)) for name, state in states.items()}
-        at_start(changed)
-        return changed
+        return {name: _scale(state, points, len(keys)) for name, state in states.items()}
 
     tiled = jnp.tile(keys, len(points))
     return train(arms, tiled, examples, test, epochs=epochs, batch_size=batch_size, change=change)
@@ -87,11 +85,6 @@ def _scale(state: TrainState, points: Sequence[GridPoint], replicates: int) -> T
     return with_rates(state.replace(params=params), rates)
 
 
-def by_point(values: np.ndarray, points: Sequence[GridPoint]) -> np.ndarray:
-    """`[C R, ...]` as `[C, R, ...]`."""
-    return values.reshape(len(points), -1, *values.shape[1:])
-
-
 def accuracy(epoch: Epoch) -> dict[str, np.ndarray]:
     """Test accuracy of each arm after an epoch, `[R]`, in percent."""
     return {
@@ -100,10 +93,21 @@ def accuracy(epoch: Epoch) -> dict[str, np.ndarray]:
     }
 
 
-def networks(**fields: Any) -> dict[str, models.MLP]:
-    """An MLP with batch normalization and its twin without."""
-    norms = {"bn": "batch", "no_bn": None}
-    return {arm: models.MLP(norm=norm, **fields) for arm, norm in norms.items()}
+def look_into(
+    probe: Callable[..., Any], twins: Mapping[str, nn.Module], states: States, batch: Batch
+) -> dict[str, Any]:
+    """What a probe, as those of `bnjax.diagnostics`, returns for each arm: arrays `[R, ...]`."""
+    return {arm: _look(probe, model, states[arm].variables, batch) for arm, model in twins.items()}
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _look(probe: Callable[..., Any], model: nn.Module, variables: Variables, batch: Batch) -> Any:
+    return jax.lax.map(lambda one: probe(model, one, batch), variables)
+
+
+def stack(found: Iterable[T]) -> T:
+    """Arrays `[R, ...]` that were found n times, as after every epoch, as `[R, n, ...]`."""
+    return jax.tree.map(lambda *arrays: np.stack(arrays, axis=1), *found)
 
 
 def epochs_of(steps: int, batch_size: int, examples: Batch) -> int:

@@ -1,6 +1,5 @@
 """Figure 1 of the paper: sooner and higher accuracy, and steadier inputs of the last sigmoid."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -8,51 +7,37 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bnjax import diagnostics, models
+from bnjax.diagnostics import Variables
 from bnjax.training import Batch
-from experiments.claims import LABELS, STYLES, Check, Claim, Evidence, Settings, collect, draw_arms
-from experiments.claims.grids import GridPoint, accuracy, epochs_of, networks, train_grid
+from experiments.claims import LABELS, Check, Claim, Evidence, Settings, collect, draw_lines, grids
 from experiments.lab.scratch import head
-from experiments.report import figures
 
 STEPS, BATCH, RATE, STD = 50_000, 60, 0.1, 0.1
+PERCENTILES = ("15th", "50th", "85th")
 FIELDS: dict[str, Any] = {"hidden_sizes": (100,) * 3, "activation": models.activation("sigmoid")}
 
 
 def run(settings: Settings) -> Evidence:
     """Accuracy and percentiles after every epoch of 1,000 steps."""
     data = settings.data()
-    full = epochs_of(STEPS, BATCH, data[0])
+    full = grids.epochs_of(STEPS, BATCH, data[0])
     epochs = settings.either(min(10, full), full)
-    keys = settings.keys(3, 5)
-    points = [GridPoint(RATE, lambda *_: STD)]
-    found: list[tuple[dict, dict]] = []
-    for epoch in train_grid(points, keys, *data, epochs=epochs, batch_size=BATCH, **FIELDS):
-        inputs = {
-            arm: np.asarray(_percentiles(arm, state.variables, head(data[1], 1000)))
-            for arm, state in epoch.states.items()
-        }
-        found.append((accuracy(epoch), inputs))
-    accuracies, percentiles = (
-        {arm: np.stack([by_arm[arm] for by_arm in by_epoch], axis=1) for arm in LABELS}
-        for by_epoch in zip(*found, strict=True)
+    keys, points = settings.keys(3, 5), [grids.GridPoint(RATE, lambda *_: STD)]
+    training = grids.train_grid(points, keys, *data, epochs=epochs, batch_size=BATCH, **FIELDS)
+    twins, seen = grids.networks(**FIELDS), head(data[1], 1000)
+    accuracies, percentiles = grids.stack(
+        (grids.accuracy(epoch), grids.look_into(_percentiles, twins, epoch.states, seen))
+        for epoch in training
     )  # [R, epochs], [R, epochs, 3, H]
-    steps = len(data[0].labels) // BATCH
-    picture = {
-        "steps": [steps * number for number in range(1, epochs + 1)],
-        "accuracy": accuracies,
-        "unit": {arm: values[0, :, :, 0].round(4) for arm, values in percentiles.items()},
-    }
-    return collect(CLAIM.checks, _compare(accuracies, percentiles), picture)
+    panels = {"(a) Test accuracy in percent": accuracies}
+    for title, arm in (("(b) A unit's input, no BN", "no_bn"), ("(c) ... with BN", "bn")):
+        lines = np.moveaxis(percentiles[arm][:1, :, :, 0], -1, 0)  # of the first replicate
+        panels[title] = dict(zip(PERCENTILES, lines, strict=True))
+    return collect(CLAIM.checks, _compare(accuracies, percentiles), panels)
 
 
-@partial(jax.jit, static_argnums=0)
-def _percentiles(arm: str, variables: diagnostics.Variables, batch: Batch) -> jax.Array:
-    model = networks(**FIELDS)[arm]
-
-    def of_replicate(variables: diagnostics.Variables) -> jax.Array:
-        return diagnostics.activation_percentiles(model, variables, batch)["percentiles_3"]
-
-    return jax.lax.map(of_replicate, variables)
+def _percentiles(model: models.MLP, variables: Variables, batch: Batch) -> jax.Array:
+    return diagnostics.activation_percentiles(model, variables, batch)["percentiles_3"]
 
 
 def _compare(
@@ -84,20 +69,9 @@ def _first(accuracy: np.ndarray, levels: np.ndarray) -> np.ndarray:
 
 def draw(evidence: Evidence) -> Figure:
     """The three panels of the paper's figure."""
-    titles = ("(a) Test accuracy", "(b) Without BN", "(c) With BN")
-    figure, (first, *others) = figures.panels(titles)
-    steps = np.array(evidence.picture["steps"]) / 1000
-    accuracies = evidence.picture["accuracy"]
-    lowest = min(75, *np.ravel([*accuracies.values()]))
-    draw_arms(first, steps, accuracies, ylabel="percent", ylim=(lowest, None))
-    for axes, arm in zip(others, ("no_bn", "bn"), strict=True):
-        for line, style in zip(np.transpose(evidence.picture["unit"][arm]), "-~-", strict=True):
-            width = 2.2 if style == "~" else 1.0
-            axes.plot(steps, line, color=STYLES[arm]["color"], linewidth=width)
-        axes.sharey(others[0])
-    others[0].set_ylabel("15th, 50th, 85th percentile of a last unit's input")
-    for axes in (first, *others):
-        axes.set_xlabel("thousand steps")
+    labels = LABELS | {name: f"{name} percentile" for name in PERCENTILES}
+    figure = draw_lines(labels, xlabel="epoch, 1,000 steps of MNIST")(evidence)
+    figure.axes[2].sharey(figure.axes[1])
     return figure
 
 
@@ -108,14 +82,11 @@ CLAIM = Claim(
     source="Ioffe & Szegedy (2015), section 4.1 and figure 1; Santurkar et al. (2018), section "
     "2, doubt that the inputs get steadier",
     setup=f"784-100-100-100-10, sigmoid, normal initial weights of {STD}, batches of {BATCH}, "
-    f"{STEPS:,} steps of SGD. The paper gives neither the learning rate, here {RATE}, nor the "
-    "scale of the weights. Drift is the range of a percentile over training, after the first "
-    "epoch, averaged over the 15th, 50th and 85th of all 100 units of the last hidden layer, as "
-    "1,000 test images see them.",
-    criterion="Evaluated every 1,000 steps: with batch normalization, in every replicate no "
-    "accuracy that the network without it reaches takes more steps, and its best takes fewer; "
-    "the last accuracy is higher; the drift is smaller, as the paper draws it and in units of "
-    "each unit's own spread.",
+    f"{STEPS:,} steps of SGD, evaluated every 1,000. The paper gives neither the learning rate, "
+    f"here {RATE}, nor the scale of the weights. Steps are counted to each accuracy that the "
+    "network without batch normalization reaches. Drift is the range of a percentile over "
+    "training, after the first epoch, averaged over the 15th, 50th and 85th of all 100 units of "
+    "the last hidden layer, as 1,000 test images see them; spread is from the 15th to the 85th.",
     checks=(
         Check("steps to any accuracy, largest ratio", "never later", high=1.0, rule="each"),
         Check("steps to the best accuracy without BN, ratio", "below 1", high=1.0),

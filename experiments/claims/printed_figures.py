@@ -1,21 +1,11 @@
 """The figures that two notebooks printed for their one run, among replicates of it."""
 
-from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.claims import (
-    LABELS,
-    STYLES,
-    Claim,
-    Evidence,
-    Settings,
-    collect,
-    interval,
-    predicted,
-)
+from experiments.claims import LABELS, Claim, Evidence, Settings, collect, interval, predicted
 from experiments.lab.arms import make_arms
 from experiments.lab.presets import NOTEBOOKS, PRESETS
 from experiments.lab.scratch import curves, train
@@ -27,12 +17,8 @@ _PRINTED = {  # training cost of each epoch, as printed
     "no_bn": ".948875 .295372 .240833 .201998 .174786 .156808 .142556 .131019 .122854 .115048 "
     ".108034 .102573 .096396 .091615 .087302",
 }
-COSTS = {arm: tuple(map(float, costs.split())) for arm, costs in _PRINTED.items()}
-ACCURACIES = {"bn": (97.83,), "no_bn": (95.98,)}  # of the last epoch
-SHOWN: dict[str, tuple[str, Mapping[str, Sequence[float]]]] = {
-    "cost": ("Training cost", COSTS),
-    "accuracy": ("Test accuracy in percent", ACCURACIES),
-}
+COSTS = {arm: [float(cost) for cost in costs.split()] for arm, costs in _PRINTED.items()}
+ACCURACIES = {"bn": [97.83], "no_bn": [95.98]}  # of the last epoch
 
 
 def run(preset: str, settings: Settings) -> Evidence:
@@ -46,31 +32,35 @@ def run(preset: str, settings: Settings) -> Evidence:
         batch_size=experiment.batch_size,
         drop_last=experiment.drop_last,
     )
-    found = {
-        arm: {"cost": of_arm["train_cost"].T, "accuracy": 100 * of_arm["test_accuracy"].T}
-        for arm, of_arm in curves(by_epoch, experiment.arms).items()
-    }  # [R, epochs]
+    by_arm = curves(by_epoch, experiment.arms)  # [epochs, R]
     if preset == "deep10":
-        claim, values = ACCURACY, [found[arm]["accuracy"][:, -1] for arm in ACCURACIES]
+        claim, title, printed = ACCURACY, "Test accuracy in percent", ACCURACIES
+        found = {arm: 100 * by_arm[arm]["test_accuracy"] for arm in LABELS}
+        values = [found[arm][-1] for arm in LABELS]
     else:
-        claim, values = COST, [found[arm]["cost"][:, k] for arm in COSTS for k in (0, -1)]
-    return collect(claim.checks, values, found, settings.incomparable())
+        claim, title, printed = COST, "Training cost", COSTS
+        found = {arm: by_arm[arm]["train_cost"] for arm in LABELS}
+        values = [found[arm][k] for arm in LABELS for k in (0, -1)]
+    panels = {
+        f"{title}, {label}": {"measured": found[arm], "printed": printed[arm]}
+        for arm, label in LABELS.items()
+    }
+    return collect(claim.checks, values, panels, incomparable=settings.incomparable())
 
 
-def draw(what: str, evidence: Evidence) -> Figure:
+def draw(yscale: str, evidence: Evidence) -> Figure:
     """The printed figures within the prediction intervals."""
-    title, printed = SHOWN[what]
-    figure, row = figures.panels([f"{title}, {label}" for label in LABELS.values()])
-    for axes, (arm, found) in zip(row, evidence.picture.items(), strict=True):
-        values = np.transpose(found[what])  # [epochs, R]
+    panels = evidence.picture["panels"]
+    figure, row = figures.panels(list(panels))
+    for axes, found in zip(row, panels.values(), strict=True):
+        values = np.array(found["measured"])  # [epochs, R]
         epochs = range(1, len(values) + 1)
-        bounds = np.array([interval(column, predicted=True) for column in values])
-        color = STYLES[arm]["color"]
-        axes.fill_between(epochs, *bounds.T, color=color, alpha=0.25, label="95 % prediction")
-        axes.plot(epochs, values.mean(axis=1), color=color, label="mean")
-        axes.plot(epochs[-len(printed[arm]) :], printed[arm], "kx", label="printed")
-        axes.set(xlabel="epoch", yscale="log" if what == "cost" else "linear")
-        axes.legend(frameon=False)
+        bounds = np.array([interval(of_epoch, predicted=True) for of_epoch in values])
+        axes.fill_between(epochs, *bounds.T, alpha=0.25, label="95 % prediction")
+        axes.plot(epochs, values.mean(axis=1), label="mean")
+        axes.plot(epochs[-len(found["printed"]) :], found["printed"], "kx", label="printed")
+        axes.set(xlabel="epoch", yscale=yscale)
+        axes.legend()
     return figure
 
 
@@ -79,8 +69,6 @@ COST = Claim(
     statement="The training costs that the boostcourse notebook prints are what its networks cost.",
     source=NOTEBOOKS["boostcourse"]["source"],
     setup="784-32-32-512, Adam 1e-3, batches of 100, 15 epochs: the preset boostcourse.",
-    criterion="The costs of the first and the last epoch lie within the 95 % prediction "
-    "interval of the replicates, mean ± t sd sqrt(1 + 1 / n). The figure shows all thirty.",
     checks=tuple(
         predicted(f"training cost, {epoch} epoch, {LABELS[arm]}", costs[k])
         for arm, costs in COSTS.items()
@@ -88,24 +76,20 @@ COST = Claim(
     ),
     seconds=(30, 140),
     run=partial(run, "boostcourse"),
-    draw=partial(draw, "cost"),
-    remark="Each figure has its own interval: by chance alone, about one run in six misses "
-    "one of four.",
+    draw=partial(draw, "log"),
+    remark="By chance alone, about one run in six misses one of the four intervals.",
 )
 
 ACCURACY = Claim(
     id="deep10-accuracy",
-    statement="The test accuracies that the post on ten hidden layers prints are what its "
-    "networks reach.",
+    statement="The test accuracies that the post on ten layers prints are what its networks reach.",
     source=NOTEBOOKS["deep10"]["source"],
     setup="Ten hidden layers of 64, Adam 1e-3, batches of 64, 9 epochs: the preset deep10.",
-    criterion="They lie within the 95 % prediction interval of the replicates, mean ± "
-    "t sd sqrt(1 + 1 / n).",
     checks=tuple(
         predicted(f"test accuracy in %, {LABELS[arm]}", figure)
         for arm, (figure,) in ACCURACIES.items()
     ),
     seconds=(45, 190),
     run=partial(run, "deep10"),
-    draw=partial(draw, "accuracy"),
+    draw=partial(draw, "linear"),
 )

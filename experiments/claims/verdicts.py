@@ -1,7 +1,6 @@
 """What is shown of the claims: the list, a line as each ends, and the page."""
 
 import math
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from experiments.claims import Check, Claim, Evidence, Verdict, interval, judge, load_claims
 from experiments.lab import exits, rundir
@@ -22,11 +21,9 @@ TYPES = {"measured": dict, "picture": dict, "incomparable": str, "seconds": floa
 
 def listing(claims: Iterable[Claim]) -> Table:
     """What can be run, and what it costs."""
-    table = Table(title="Claims about batch normalization", title_justify="left", box=SIMPLE)
-    table.add_column("claim", no_wrap=True)
-    table.add_column("says")
-    for heading in ("quick", "full"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    quick, full = (Column(name, justify="right", no_wrap=True) for name in ("quick", "full"))
+    table = Table(Column("claim", no_wrap=True), "says", quick, full, box=SIMPLE)
+    table.title, table.title_justify = "Claims about batch normalization", "left"
     for claim in claims:
         table.add_row(claim.id, claim.statement, *map(format_seconds, claim.seconds))
     return table
@@ -42,9 +39,9 @@ def save(path: Path, claim: Claim, evidence: Evidence, seconds: float) -> None:
 
 def read(path: Path, claim: Claim) -> dict[str, Any]:
     """What the page shows of a claim that has evidence, but for its picture."""
-    content = rundir.nan_for_null(rundir.read_object(path / claim.id / EVIDENCE, TYPES))
-    seconds = content.pop("seconds")
-    evidence = Evidence(**content)
+    saved = rundir.read_object(path / claim.id / EVIDENCE, TYPES)
+    seconds = saved.pop("seconds")
+    evidence = Evidence(**rundir.nan_for_null(saved))
     verdict, each = judge(claim, evidence)
     return {
         "claim": claim,
@@ -58,24 +55,20 @@ def read(path: Path, claim: Claim) -> dict[str, Any]:
 def _row(check: Check, verdict: Verdict, evidence: Evidence) -> dict[str, str]:
     values = np.array(evidence.measured.get(check.quantity, []), np.float64)
     low, high = interval(values, predicted=check.rule == "predicted")
+    measured = "not measured"
+    if len(values):
+        with np.errstate(invalid="ignore"):  # as of infinite values
+            mean, sd = values.mean(), values.std(ddof=1) if len(values) > 1 else math.nan
+        spread = f" ± {sd:.2g}" if math.isfinite(sd) else ""
+        measured = f"{mean:.4g}{spread} (n = {len(values)})"
     return {
         "quantity": check.quantity,
         "published": check.published,
-        "measured": _format_values(values),
+        "measured": measured,
         "interval": f"{low:.4g} to {high:.4g}" if math.isfinite(low + high) else "none",
         "allowed": _format_allowed(check),
         "verdict": verdict.value if check.decides else "",
     }
-
-
-def _format_values(values: np.ndarray) -> str:
-    """`mean ± standard deviation (n = ...)`."""
-    if not len(values):
-        return "not measured"
-    with np.errstate(invalid="ignore"):
-        mean, sd = values.mean(), values.std(ddof=1) if len(values) > 1 else math.nan
-    spread = f" ± {sd:.2g}" if math.isfinite(sd) else ""
-    return f"{mean:.4g}{spread} (n = {len(values)})"
 
 
 def _format_allowed(check: Check) -> str:
@@ -121,20 +114,13 @@ def write_page(path: Path, command: str) -> None:
     for section in sections:
         claim = section["claim"]
         section["figure"] = _figure(path / claim.id / "figure.png", claim, section["evidence"])
-    counts = Counter(section["verdict"] for section in sections)
-    html = render(
-        "claims.html.j2",
-        command=command,
-        config=rundir.read_config(path),
-        counts=[(verdict.value, counts[verdict]) for verdict in Verdict],
-        sections=sections,
-    )
-    rundir.write_bytes(path / "report.html", html.encode())
-    verdicts = [
+    shown = {"command": command, "config": rundir.read_config(path), "sections": sections}
+    rundir.write_bytes(path / "report.html", render("claims.html.j2", **shown).encode())
+    told = [
         {"claim": section["claim"].id, "verdict": section["verdict"], "checks": section["rows"]}
         for section in sections
     ]
-    rundir.write_json(path / "verdicts.json", {"verdicts": verdicts})
+    rundir.write_json(path / "verdicts.json", {"verdicts": told})
 
 
 @figures.our_style
