@@ -53,7 +53,7 @@ def draw(yscale: str, evidence: Evidence) -> Figure:
     panels = evidence.picture["panels"]
     figure, row = figures.panels(list(panels))
     for axes, found in zip(row, panels.values(), strict=True):
-        values = np.array(found["measured"])  # [epochs, R]
+        values = np.array(found["measured"], np.float64)  # [epochs, R]
         epochs = range(1, len(values) + 1)
         bounds = np.array([interval(of_epoch, predicted=True) for of_epoch in values])
         axes.fill_between(epochs, *bounds.T, alpha=0.25, label="95 % prediction")

@@ -41,7 +41,7 @@ def read(path: Path, claim: Claim) -> dict[str, Any]:
     """What the page shows of a claim that has evidence, but for its picture."""
     saved = rundir.read_object(path / claim.id / EVIDENCE, TYPES)
     seconds = saved.pop("seconds")
-    evidence = Evidence(**rundir.nan_for_null(saved))
+    evidence = Evidence(**saved)
     verdict, each = judge(claim, evidence)
     return {
         "claim": claim,

@@ -222,12 +222,3 @@ def null_for_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [null_for_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def nan_for_null(value: Any) -> Any:
-    """JSON's values with NaN in place of `None`."""
-    if isinstance(value, dict):
-        return {key: nan_for_null(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [nan_for_null(item) for item in value]
-    return math.nan if value is None else value
