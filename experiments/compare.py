@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments.lab import exits, metrics, options, rundir
-from experiments.lab.console import SHOWN, format_certainty, format_summary, print_plain
+from experiments.lab import exits, metrics, rundir
+from experiments.lab.console import SHOWN, print_plain
 from experiments.lab.run import Run
 
 PROG = "python -m experiments.compare"
@@ -80,7 +79,19 @@ def pair(first: Run, other: Run) -> dict[str, dict[str, Any]] | None:
         return None
     epoch = min(run.epochs for run in both) - 1
     count = min(run.experiment.replicates for run in both)
-    before, after = (_final(run, epoch, count) for run in both)
+    finals = []
+    for run in both:
+        final = {
+            arm: {metric: of_arm[metric][epoch, :count] for metric in SHOWN}
+            for arm, of_arm in run.metrics.items()
+        }
+        minus = final[run.reference]
+        final |= {
+            f"{arm} minus {run.reference}": {m: final[arm][m] - minus[m] for m in SHOWN}
+            for arm in run.others
+        }
+        finals.append(final)
+    before, after = finals
     return {
         name: {metric: metrics.difference(metric, after[name], before[name]) for metric in SHOWN}
         for name in before
@@ -88,54 +99,35 @@ def pair(first: Run, other: Run) -> dict[str, dict[str, Any]] | None:
     }
 
 
-def _final(run: Run, epoch: int, count: int) -> dict[str, dict[str, np.ndarray]]:
-    """The metrics of each arm, and what each but the reference is worth."""
-    arms = {
-        arm: {metric: of_arm[metric][epoch, :count] for metric in SHOWN}
-        for arm, of_arm in run.metrics.items()
-    }
-    worth = {
-        f"{arm} minus {run.reference}": {m: arms[arm][m] - arms[run.reference][m] for m in SHOWN}
-        for arm in run.others
-    }
-    return arms | worth
-
-
 def write(path: Path, compared: Runs) -> None:
     """Writes the numbers, the picture and the page into a directory."""
-    different = differences(compared)
-    summaries = {
-        name: metrics.summarize(run.metrics, run.reference) for name, run in compared.items()
-    }
     first, *others = compared
-    paired = {name: pair(compared[first], compared[name]) for name in others}
+    content = {
+        "runs": {
+            name: metrics.summarize(run.metrics, run.reference) for name, run in compared.items()
+        },
+        "differences": differences(compared),
+        "paired": {name: pair(compared[first], compared[name]) for name in others},
+    }
     path.mkdir(parents=True, exist_ok=True)
-    content = {"runs": summaries, "differences": different, "paired": paired}
     rundir.write_json(path / "compare.json", content)
     from experiments.report import figures  # matplotlib may fail, the numbers are there
-    from experiments.report.page import is_replaced, render, svg_uri
+    from experiments.report.page import render, svg_uri
 
     drawn = {name: (run.metrics, run.labels) for name, run in compared.items()}
     picture = figures.to_svg(figures.overlay(drawn))
     rundir.write_bytes(path / "compare.svg", picture)
-    titles = {arm: title for run in compared.values() for arm, title in run.titles.items()}
-    titles |= {
-        f"{arm} minus {run.reference}": f"{titles[arm]}, minus {titles[run.reference]}"
-        for run in compared.values()
-        for arm in run.others
-    }
+    titles: dict[str, str] = {}
+    for run in compared.values():
+        titles |= run.titles
+        minus, title = f" minus {run.reference}", f", minus {run.titles[run.reference]}"
+        titles |= {arm + minus: run.titles[arm] + title for arm in run.others}
     page = render(
         "compare.html.j2",
-        replaced=any(is_replaced(run.config) for run in compared.values()),
-        certainty=format_certainty,
-        commands={name: options.repeat(run.config) for name, run in compared.items()},
+        **content,
+        compared=compared,
         curves=svg_uri(picture),
-        different=different,
-        format=format_summary,
-        paired=paired,
-        runs=compared,
         shown=SHOWN,
-        summaries=summaries,
         titles=titles,
     )
     rundir.write_bytes(path / "compare.html", page.encode(errors="replace"))

@@ -75,7 +75,7 @@ def _measure(settings: Settings, console: Console) -> int:
         for heading in rows[0]:
             table.add_column(heading, justify="right" if table.columns else "left")
         for row in rows:
-            table.add_row(*row.values())
+            table.add_row(*map(str, row.values()))
         console.print(table)
         if settings.json:
             rundir.write_json(settings.json, found)

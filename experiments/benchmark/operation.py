@@ -30,7 +30,7 @@ def run(repeats: int) -> Part:
         seconds = take_turns(calls, repeats)
         found.append({"shape": shape, "seconds": seconds})
         size = {"float32 input": " x ".join(map(str, shape))}
-        rows += [{"": row[""], **size, **row} for row in compare(seconds, "ms", "Flax")]
+        rows += [{"": row[""], **size, **row} for row in compare(seconds, "ms")]
     return found, "Batch normalization, forward and backward", rows
 
 
