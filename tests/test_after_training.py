@@ -102,7 +102,7 @@ PICTURE = "NOTE: the report lacks {what} ({place} is broken): {again}"
         ),
         ("experiments.report.layers.gradient_norms", [PICTURE.replace("{what}", "the gradients")]),
         (
-            "experiments.report.predictions.confusions",
+            "experiments.report.predictions.confusion",
             [PICTURE.replace("{what}", "the predictions")],
         ),
         (

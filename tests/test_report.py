@@ -258,11 +258,13 @@ class TestWords:
 
     def test_mistakes(self):
         end = end_of([3, 3, 3, 5], bn=[3, 5, 5, 5], no_bn=[3, 300, 12, 2])
-        counts = predictions.confusions(end, TWO)
-        assert words.mistakes(counts["bn"]) == "2 mistakes, most often 3 taken for 5 (2 times)"
+        assert (
+            words.mistakes(predictions.confusion(end, "bn"))
+            == "2 mistakes, most often 3 taken for 5 (2 times)"
+        )
         told = "3 mistakes, most often 3 taken for something else (2 times)"
-        assert words.mistakes(counts["no_bn"]) == told
-        (none,) = predictions.confusions(end_of([1], bn=[1]), ["bn"]).values()
+        assert words.mistakes(predictions.confusion(end, "no_bn")) == told
+        none = predictions.confusion(end_of([1], bn=[1]), "bn")
         assert words.mistakes(none) == "0 mistakes"
 
     def test_gradients_leave_out_what_is_not_finite(self):
@@ -339,7 +341,7 @@ def test_captions_tell_what_was_recorded(tmp_path):
     told = "; ".join(f"{name} {words.gradients(last, arm)}" for arm, name in NAMES.items())
     assert f"After the last epoch: {told}." in page
     assert f"is, layer by layer, {words.statistics(end, 'bn')}.</" in page
-    counts = predictions.confusions(end, TWO)
+    counts = {arm: predictions.confusion(end, arm) for arm in TWO}
     told = "; ".join(f"{name} {words.mistakes(counts[arm])}" for arm, name in NAMES.items())
     assert f"W{told[1:]}.</p>" in page
 

@@ -5,9 +5,10 @@ the same batches, in a process of its own, which shares nothing with others but 
 function that takes the dataset and returns one that trains for an epoch and tells its seconds.
 """
 
+import dataclasses
 import importlib.util
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -28,53 +29,61 @@ from experiments.lab import arms, devices, scratch
 from experiments.lab.presets import BOOSTCOURSE as PRESET
 
 Epoch = Callable[[], float]
+Contender = Callable[[Dataset], Epoch]
 
 
 def run(dataset: Dataset, repeats: int) -> Part:
     """Measures every contender, those in PyTorch where it is installed."""
-    calls = {}
-    with ExitStack() as stack:
-        for name in CONTENDERS:
-            if "PyTorch" not in name or importlib.util.find_spec("torch"):
-                pool = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
-                pool.submit(_prepare, name, dataset).result()
-                calls[name] = lambda pool=pool: pool.submit(_train).result()
-        seconds = take_turns(calls, repeats)
+    torch = importlib.util.find_spec("torch")
+    there = {name: one for name, one in CONTENDERS.items() if torch or "PyTorch" not in name}
+    seconds = measure(there, dataset, repeats)
     rows = compare(seconds, "s")
     return {"seconds_per_replicate": seconds}, "Paired epoch of boostcourse, per replicate", rows
+
+
+def measure(
+    contenders: Mapping[str, Contender], dataset: Dataset, repeats: int
+) -> dict[str, list[float]]:
+    """The seconds that contenders tell by turns, by name, each in its process."""
+    calls = {}
+    with ExitStack() as stack:
+        for name, contender in contenders.items():
+            pool = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
+            pool.submit(_prepare, contender, dataset).result()
+            calls[name] = lambda pool=pool: pool.submit(_train).result()
+        return take_turns(calls, repeats)
 
 
 _prepared: list[Epoch] = []  # in the contender's process
 
 
-def _prepare(name: str, dataset: Dataset) -> None:
-    _prepared.append(CONTENDERS[name](dataset))
+def _prepare(contender: Contender, dataset: Dataset) -> None:
+    _prepared.append(contender(dataset))
 
 
 def _train() -> float:
     return _prepared[0]()
 
 
-def bnjax(dataset: Dataset, replicates: int = 1) -> Epoch:
-    """This project's own loop; one call trains all replicates and tells the seconds of each."""
+def bnjax(dataset: Dataset, replicates: int = 1, mesh: str = "auto", **settings: Any) -> Epoch:
+    """This project's own loop; one call trains all replicates and tells the seconds of each.
+
+    `settings` are those in which it differs from the preset.
+    """
+    experiment = dataclasses.replace(PRESET, **settings)
     trainer = paired.Trainer(
-        devices.make_placements(arms.make_arms(PRESET), "auto", replicates),
-        paired.replicate_keys(PRESET.seed, replicates),
+        devices.make_placements(arms.make_arms(experiment), mesh, replicates),
+        paired.replicate_keys(experiment.seed, replicates),
         *scratch.batches(dataset),
-        PRESET.batch_size,
+        experiment.batch_size,
+        statistics=experiment.bn_statistics,
     )
-    train = epochs_of(trainer)
-    return lambda: train() / replicates
-
-
-def epochs_of(trainer: paired.Trainer) -> Epoch:
-    """What trains an epoch more each time, and tells its seconds without the evaluation."""
     epochs = trainer.epochs(trainer.initial_states(), range(1, 10**6))
 
     def train() -> float:
         epoch = next(epochs)
         jax.block_until_ready((epoch.train, epoch.test))  # the next epoch starts on idle devices
-        return epoch.seconds
+        return epoch.seconds / replicates
 
     return train
 
@@ -172,7 +181,7 @@ def pytorch(dataset: Dataset, loader: bool = False) -> Epoch:
     return partial(timeit.timeit, train, number=1)
 
 
-CONTENDERS: dict[str, Callable[[Dataset], Epoch]] = {
+CONTENDERS: dict[str, Contender] = {
     "PyTorch": pytorch,
     "PyTorch loader": partial(pytorch, loader=True),
     "Flax": flax,

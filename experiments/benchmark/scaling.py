@@ -1,77 +1,41 @@
-"""How the time of a step grows with devices and processes.
+"""How the time of a step grows with the virtual devices of the CPU over which batches are spread.
 
-A child process, or several that JAX's distributed runtime joins, trains the network of boostcourse
-with batch normalization on one mesh. README says what devices send to each other in a step, and how
-to predict the time on a cluster from that.
+README says what devices send to each other in a step, and predicts the time on a cluster from that.
 """
 
-import dataclasses
 import os
-import socket
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
-from typing import NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 
-from bnjax import paired
-from bnjax.training import Batch
-from experiments.benchmark.epoch import epochs_of
-from experiments.benchmark.turns import Part, take_turns, timing
-from experiments.lab import arms, devices
-from experiments.lab.presets import BOOSTCOURSE
+from bnjax.data import Dataset
+from experiments.benchmark.epoch import Contender, Epoch, bnjax, measure
+from experiments.benchmark.turns import Part, timing
 
 BATCH = 512
-STEPS = 20
 
 
-class Layout(NamedTuple):
-    """Where a measurement runs, each process with its share of the CPU's virtual devices."""
-
-    processes: int
-    devices: int
-    statistics: str = "global"  # or "local", or "none": without batch normalization
-
-
-LAYOUTS = (
-    *(Layout(1, devices) for devices in (1, 2, 4, 8)),
-    Layout(1, 8, "local"),
-    Layout(1, 8, "none"),
-    *(Layout(processes, processes) for processes in (2, 4)),
-)
+def run(dataset: Dataset, repeats: int) -> Part:
+    """Measures every layout, each in its process."""
+    epochs = measure(LAYOUTS, dataset, repeats)
+    steps = len(dataset.train_labels) // BATCH
+    seconds = {name: [epoch / steps for epoch in of_one] for name, of_one in epochs.items()}
+    rows = [{"devices": name, **timing(of_one, "ms")} for name, of_one in seconds.items()]
+    title = f"A step of boostcourse, normalized, on a batch of {BATCH}"
+    return {"seconds_per_step": seconds}, title, rows
 
 
-def run(repeats: int) -> Part:
-    """Measures every layout."""
-    found, rows = [], []
-    for layout in LAYOUTS:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            measure = partial(_measure, layout, probe.getsockname()[1], repeats)
-        with ProcessPoolExecutor(layout.processes, get_context("spawn")) as pool:
-            seconds, *_ = pool.map(measure, range(layout.processes))
-        found.append({**layout._asdict(), "seconds": seconds})
-        rows.append({**layout._asdict(), **timing(seconds, "ms")})
-    return found, f"A step of boostcourse on a batch of {BATCH}, spread over devices", rows
-
-
-def _measure(layout: Layout, port: int, repeats: int, process: int) -> list[float]:
-    """Seconds of a step each time."""
+def spread(dataset: Dataset, count: int, arm: str = "bn", **settings: Any) -> Epoch:
+    """A contender whose batches so many devices share."""
     os.environ["XLA_FLAGS"] = ""
     jax.config.update("jax_platforms", "cpu")
-    mesh = f"replicate=1,data={layout.devices}"
-    if layout.processes > 1:
-        devices.join_processes(mesh, f"127.0.0.1:{port}", layout.processes, process)
-    normalized = layout.statistics != "none"
-    experiment = dataclasses.replace(BOOSTCOURSE, arms=("bn" if normalized else "no_bn",))
-    placements = devices.make_placements(arms.make_arms(experiment), mesh, 1)
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (STEPS * BATCH, 28, 28)).astype(np.uint8)
-    data = Batch(images, rng.integers(0, 10, STEPS * BATCH).astype(np.int32))
-    statistics = layout.statistics if normalized else "global"
-    keys = paired.replicate_keys(0, 1)
-    trainer = paired.Trainer(placements, keys, data, data, BATCH, statistics=statistics)
-    (epochs,) = take_turns({"": epochs_of(trainer)}, repeats).values()
-    return [seconds / STEPS for seconds in epochs]
+    mesh = f"replicate=1,data={count}"
+    return bnjax(dataset, mesh=mesh, arms=(arm,), batch_size=BATCH, **settings)
+
+
+LAYOUTS: dict[str, Contender] = {
+    **{str(count): partial(spread, count=count) for count in (1, 2, 4, 8)},
+    "8, local statistics": partial(spread, count=8, bn_statistics="local"),
+    "8, no batch normalization": partial(spread, count=8, arm="no_bn"),
+}

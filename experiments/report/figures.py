@@ -116,11 +116,11 @@ def add_legend(figure: Figure, columns: int = 4) -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if len(labels) > 2:
         figure.set_figheight(figure.get_figheight() + 0.25 * math.ceil(len(labels) / columns))
-        below: dict[str, Any] = {"loc": "outside lower center", "ncols": columns}
-        figure.legend(handles, labels, handlelength=3.5, **below)
-        return
-    for axes in figure.axes:
-        axes.legend()
+        place: Any = "outside lower center"  # which matplotlib's types do not know
+        figure.legend(handles, labels, handlelength=3.5, loc=place, ncols=columns)
+    else:
+        for axes in figure.axes:
+            axes.legend()
 
 
 def _shorten(name: str, most: int = 40) -> str:

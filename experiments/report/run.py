@@ -129,6 +129,7 @@ def look_inside(run: Run, parts: Parts, styles: Styles) -> dict[str, Any]:
     first, last = ends = epochs[0], epochs[-1]
     normalized = [arm for arm in arms if layers.running_layers(end, arm)]
     label = int(example["label"]) if example else 0
+    depth = max(last[f"{arm}/percentiles"].shape[1] for arm in arms) if last else 0
 
     def draw_features() -> dict[str, Any]:
         figure = figures.features(example["image"], label, last, styles, replicate)
@@ -161,7 +162,8 @@ def look_inside(run: Run, parts: Parts, styles: Styles) -> dict[str, Any]:
     parts.draw("the predictions", [end], lambda: tabulate(end, run, arms))
     return {
         "arms": arms,
-        "choice": words.choice(last, arms) if last else "",
+        "chosen": layers.choose_layers(depth),
+        "depth": depth,
         "label": label,
         "normalized": normalized,
         "replicate": replicate,
@@ -173,7 +175,7 @@ def tabulate(end: Probes, run: Run, arms: Sequence[str]) -> dict[str, Any]:
 
     Who alone was right is known only where none is left out.
     """
-    counts = predictions.confusions(end, arms)
+    counts = {arm: predictions.confusion(end, arm) for arm in arms}
     whole = len(arms) == len(run.arms)
     others = any(of_arm[:, -1].any() for of_arm in counts.values())
     return {

@@ -1,6 +1,6 @@
 """What a page says of a run, in words computed from its numbers."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -118,13 +118,6 @@ def mistakes(counts: np.ndarray) -> str:
     other = "something else" if taken == predictions.CLASSES else taken
     most = f", most often {label} taken for {other} ({wrong.max()} times)" * bool(wrong.any())
     return f"{wrong.sum()} mistakes{most}"
-
-
-def choice(last: Probes, arms: Iterable[str]) -> str:
-    """Which layers of deep networks are drawn; empty where all are."""
-    depth = max(last[f"{arm}/percentiles"].shape[1] for arm in arms)
-    shown = [str(layer + 1) for layer in layers.choose_layers(depth)]
-    return f" Of {depth} layers {', '.join(shown)} are drawn." * (len(shown) < depth)
 
 
 def _capital(text: str) -> str:
