@@ -21,8 +21,6 @@ from experiments.lab.run import Run
 
 PROG = "python -m experiments.compare"
 
-Runs = Mapping[str, Run]  # by name; the first is what the others are held against
-
 
 @dataclass(frozen=True)
 class CompareConfig:
@@ -40,15 +38,7 @@ class CompareConfig:
             raise ValueError("expected two runs or more to compare, each of them once")
 
 
-def read(path: Path) -> Run:
-    """A run, ended or not; `ValueError` if it has no epoch yet."""
-    run = Run(path)
-    if not run.epochs:
-        raise ValueError(f"{path} has no epoch yet: let it run, or leave it out")
-    return run
-
-
-def differences(compared: Runs) -> dict[str, list[Any]]:
+def differences(compared: Mapping[str, Run]) -> dict[str, list[Any]]:
     """The settings, data and versions that differ, `{name: [value of each run]}`."""
     told = [
         {
@@ -99,8 +89,8 @@ def pair(first: Run, other: Run) -> dict[str, dict[str, Any]] | None:
     }
 
 
-def write(path: Path, compared: Runs) -> None:
-    """Writes the numbers, the picture and the page into a directory."""
+def write(path: Path, compared: Mapping[str, Run]) -> None:
+    """Writes the numbers, the picture and the page of runs by name, held against the first."""
     first, *others = compared
     content = {
         "runs": {
@@ -114,8 +104,7 @@ def write(path: Path, compared: Runs) -> None:
     from experiments.report import figures  # matplotlib may fail, the numbers are there
     from experiments.report.page import render, svg_uri
 
-    drawn = {name: (run.metrics, run.labels) for name, run in compared.items()}
-    picture = figures.to_svg(figures.overlay(drawn))
+    picture = figures.to_svg(figures.overlay(compared))
     rundir.write_bytes(path / "compare.svg", picture)
     titles: dict[str, str] = {}
     for run in compared.values():
@@ -123,12 +112,7 @@ def write(path: Path, compared: Runs) -> None:
         minus, title = f" minus {run.reference}", f", minus {run.titles[run.reference]}"
         titles |= {arm + minus: run.titles[arm] + title for arm in run.others}
     page = render(
-        "compare.html.j2",
-        **content,
-        compared=compared,
-        curves=svg_uri(picture),
-        shown=SHOWN,
-        titles=titles,
+        "compare.html.j2", **content, compared=compared, curves=svg_uri(picture), titles=titles
     )
     rundir.write_bytes(path / "compare.html", page.encode(errors="replace"))
 
@@ -149,7 +133,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             out = rundir.expand(config.out)
             rundir.check_free(out)
             paths = [rundir.expand(path).resolve() for path in config.runs]
-            compared = {name: read(path) for path, name in zip(paths, _names(paths), strict=True)}
+            compared = dict(zip(_names(paths), map(Run, paths), strict=True))
+            for path, run in zip(paths, compared.values(), strict=True):
+                if not run.epochs:
+                    raise ValueError(f"{path} has no epoch yet: let it run, or leave it out")
         then = f"its numbers are in {out / 'compare.json'}"
         with exits.optional(console, "the comparison could not be drawn", then):
             write(out, compared)

@@ -142,7 +142,7 @@ def test_what_fails_costs_a_sentence(whole, tmp_path, break_, monkeypatch, place
     [
         ("experiments.lab.probes.after_epoch", OSError("b")),
         ("experiments.lab.probes.at_end", MemoryError()),
-        ("experiments.report.words.gradients", KeyError("a")),
+        ("experiments.report.words.mistakes", KeyError("a")),
         ("experiments.report.figures.to_svg", IndexError("c")),
     ],
 )

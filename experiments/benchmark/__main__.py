@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exits.run(lambda _: _measure(settings, Console()))
 
 
-def _measure(settings: Settings, console: Console) -> int:
+def _measure(settings: Settings, console: Console) -> None:
     parts: dict[str, Callable[[int], Part]] = {"operation": operation.run}
     if {"epoch", "scaling"} & {*settings.parts}:
         with exits.user_errors():
@@ -79,7 +79,6 @@ def _measure(settings: Settings, console: Console) -> int:
         console.print(table)
         if settings.json:
             rundir.write_json(settings.json, found)
-    return 0
 
 
 if __name__ == "__main__":

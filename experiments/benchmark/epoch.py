@@ -37,8 +37,8 @@ def run(dataset: Dataset, repeats: int) -> Part:
     torch = importlib.util.find_spec("torch")
     there = {name: one for name, one in CONTENDERS.items() if torch or "PyTorch" not in name}
     seconds = measure(there, dataset, repeats)
-    rows = compare(seconds, "s")
-    return {"seconds_per_replicate": seconds}, "Paired epoch of boostcourse, per replicate", rows
+    title = "Paired epoch of boostcourse, per replicate"
+    return {"seconds_per_replicate": seconds}, title, compare(seconds, "s")
 
 
 def measure(
@@ -147,9 +147,8 @@ def pytorch(dataset: Dataset, loader: bool = False) -> Epoch:
         for fan_in, size in pairwise(sizes):
             norm = [torch.nn.BatchNorm1d(size)] if use_batch_norm else []
             layers += [torch.nn.Linear(fan_in, size), *norm, torch.nn.ReLU()]
-        return torch.nn.Sequential(*layers, torch.nn.Linear(sizes[-1], PRESET.num_classes)).to(
-            device
-        )
+        layers.append(torch.nn.Linear(sizes[-1], PRESET.num_classes))
+        return torch.nn.Sequential(*layers).to(device)
 
     networks = [create(True), create(False)]
     optimizers = [torch.optim.Adam(n.parameters(), PRESET.learning_rate) for n in networks]

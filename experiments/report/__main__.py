@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = tyro.cli(Directory, args=arguments, prog=PROG, description=__doc__)
     console = Console()
 
-    def command(check: Callable[[], None]) -> int:
+    def command(_: Callable[[], None]) -> None:
         with exits.user_errors():
             path = rundir.expand(run)
             try:
@@ -35,7 +35,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     "damaged"
                 ) from error
         print_plain(console, f"report: {path / 'report.html'}")
-        return 0
 
     return exits.run(command)
 

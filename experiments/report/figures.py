@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
 from bnjax.statistics import summarize
+from experiments.lab.run import Run
 
 Probes = Mapping[str, np.ndarray]
 Curves = Mapping[Any, Mapping[str, np.ndarray]]
@@ -57,14 +59,10 @@ def count_by_ones(axis: Axis) -> None:
 
 def arm_styles(labels: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """`{arm: style}` of `{arm: label}`: told apart without colour, and by the colour-blind."""
+    looks = zip(labels.items(), cycle(COLORS), cycle(DASHES), cycle(MARKERS), strict=False)
     return {
-        arm: {
-            "color": COLORS[place % len(COLORS)],
-            "linestyle": DASHES[place % len(DASHES)],
-            "marker": MARKERS[place % len(MARKERS)],
-            "label": _shorten(label),
-        }
-        for place, (arm, label) in enumerate(labels.items())
+        arm: {"color": color, "linestyle": dash, "marker": marker, "label": _shorten(label)}
+        for (arm, label), color, dash, marker in looks
     }
 
 
@@ -95,18 +93,14 @@ def curves(by_arm: Curves, styles: Styles, columns: int = 4) -> Figure:
     return figure
 
 
-def overlay(runs: Mapping[str, tuple[Curves, Mapping[str, str]]]) -> Figure:
-    """The same curves of several runs: a colour for each run, dash and marker for each arm.
-
-    Args:
-        runs: `{name: (metrics, labels)}`, as `curves` and `arm_styles` take them.
-    """
-    of_arms = arm_styles({arm: "" for _, labels in runs.values() for arm in labels})
+def overlay(runs: Mapping[str, Run]) -> Figure:
+    """The same curves of runs by name: a colour for each run, dash and marker for each arm."""
+    of_arms = arm_styles({arm: "" for run in runs.values() for arm in run.arms})
     lines, styles = {}, {}
-    for k, (name, (by_arm, labels)) in enumerate(runs.items()):
-        for arm, label in labels.items():
+    for k, (name, run) in enumerate(runs.items()):
+        for arm, label in run.labels.items():
             told = f"{_shorten(name)}, {_shorten(label)}"
-            lines[name, arm] = by_arm[arm]
+            lines[name, arm] = run.metrics[arm]
             styles[name, arm] = {**of_arms[arm], "color": f"C{k % 10}", "label": told}
     return curves(lines, styles, columns=2)
 

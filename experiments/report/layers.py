@@ -33,14 +33,12 @@ def percentiles(epochs: Sequence[Probes], styles: Styles, replicate: int = 0) ->
         styles: of `figures.arm_styles`, here and below; its arms are drawn, in a row each.
         replicate: which one is drawn.
     """
-    by_arm = {
-        arm: np.stack([probes[f"{arm}/percentiles"][replicate] for probes in epochs], axis=-1)
-        for arm in styles
-    }  # [D, P, epochs]
+    depths = {arm: epochs[0][f"{arm}/percentiles"].shape[1] for arm in styles}
+    figure, panels = _panels(depths, "epoch", sharey="col")
     numbers = np.arange(1, len(epochs) + 1)
-    figure, panels = _panels({arm: len(by_arm[arm]) for arm in styles}, "epoch", sharey="col")
     for axes, arm, layer in panels:
-        low, lower, middle, upper, high = by_arm[arm][layer]
+        spreads = [probes[f"{arm}/percentiles"][replicate, layer] for probes in epochs]
+        low, lower, middle, upper, high = np.transpose(spreads)
         color, marker = styles[arm]["color"], styles[arm]["marker"]
         axes.fill_between(numbers, low, high, color=color, alpha=0.15, linewidth=0)
         axes.fill_between(numbers, lower, upper, color=color, alpha=0.3, linewidth=0)
@@ -58,9 +56,8 @@ def histograms(first: Probes, last: Probes, styles: Styles, replicate: int = 0) 
     figure, panels = _panels(depths, "value", sharex="col")
     for axes, arm, layer in panels:
         for probes, line in ((first, {"linestyle": ":"}), (last, {"linewidth": 1.8})):
-            counts, edges = (
-                probes[f"{arm}/{name}"][replicate, layer] for name in ("histograms", "edges")
-            )
+            counts = probes[f"{arm}/histograms"][replicate, layer]
+            edges = probes[f"{arm}/edges"][replicate, layer]
             if np.isfinite(edges).all() and edges[-1] > edges[0]:
                 density = counts / counts.sum() / np.diff(edges)
                 axes.stairs(density, edges, color=styles[arm]["color"], **line)
@@ -104,9 +101,8 @@ def statistics(end: Probes, styles: Styles) -> Figure:
     rows = {(arm, what): len(names[arm]) for arm in names for what in ("mean", "var")}
     figure, panels = _panels(rows, "training set")
     for axes, (arm, what), layer in panels:
-        whole, running = (
-            end[f"{arm}/{kind}/{names[arm][layer]}/{what}"] for kind in ("population", "running")
-        )
+        place = f"{names[arm][layer]}/{what}"
+        whole, running = (end[f"{arm}/{of}/{place}"] for of in ("population", "running"))
         told = "running mean"
         if what == "var":
             whole, running, told = np.sqrt(whole), np.sqrt(running), "running deviation"
@@ -128,10 +124,9 @@ def _panels(
     columns = max(len(chosen) for _, chosen in rows)
     width, height = 2.6 * columns + 0.8, 2.2 * len(rows) + 0.6
     margins = {"left": 1 / width, "right": 1 - 0.15 / width}
-    margins |= {"bottom": 0.5 / height, "top": 1 - 0.35 / height}
+    margins |= {"bottom": 0.5 / height, "top": 1 - 0.35 / height, "wspace": 0.25, "hspace": 0.2}
     figure = Figure(figsize=(width, height))
-    figure.subplots_adjust(**margins, wspace=0.25, hspace=0.2)
-    grid = figure.subplots(len(rows), columns, squeeze=False, **share)
+    grid = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw=margins, **share)
     panels = []
     for (k, column), axes in np.ndenumerate(grid):
         row, chosen = rows[k]

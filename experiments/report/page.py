@@ -23,6 +23,7 @@ def render(template: str, **values: Any) -> str:
         "format": console.format_summary,
         "one_replicate": console.ONE_REPLICATE,
         "repeat": options.repeat,
+        "shown": console.SHOWN,
     }
     return environment.get_template(template).render(**values)
 

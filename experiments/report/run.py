@@ -10,10 +10,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bnjax.errors import CheckpointError, shorten
+from bnjax.statistics import summarize
 from experiments.lab import divergences, metrics, presets, rundir
 from experiments.lab.run import Run
 from experiments.report import figures, layers, predictions, words
-from experiments.report.figures import Probes, Styles
+from experiments.report.figures import Probes, Styles, features_of
 from experiments.report.page import png_uri, render, svg_uri
 
 
@@ -40,10 +41,7 @@ class Parts:
         return found
 
     def draw(self, what: str, needed: Iterable[Any], make: Callable[[], Any]) -> None:
-        """Adds what `make` returns if all that it needs is there, unless it fails.
-
-        Damaged files are an error.
-        """
+        """Adds what `make` returns where all `needed` is there; only damaged files are an error."""
         try:
             if all(needed):
                 self.drawn[what] = make()
@@ -97,12 +95,11 @@ def redraw(path: Path, *, ended: bool = False) -> dict[str, Any]:
         "page.html.j2",
         config=run.config,
         divergences=[divergences.describe(mark, run.labels) for mark in marks],
-        drawn=parts.drawn,
         headline=words.headline(summary, run.labels, run.titles),
         inside=inside,
-        missing=parts.missing,
         names=names,
         notebook=presets.NOTEBOOKS[experiment.preset],
+        parts=parts,
         run=run,
         seconds=float(np.median([line["seconds"] for line in run.lines])),
         summary=summary,
@@ -135,8 +132,7 @@ def look_inside(run: Run, parts: Parts, styles: Styles) -> dict[str, Any]:
         figure = figures.features(example["image"], label, last, styles, replicate)
         png = figures.to_png(figure)
         rundir.write_bytes(run.path / "features.png", png)
-        of_arms = {arm: figures.features_of(last, arm, replicate) for arm in arms}
-        zeros = {arm: [np.mean(layer == 0) for layer in of_arms[arm]] for arm in arms}
+        zeros = {arm: [np.mean(x == 0) for x in features_of(last, arm, replicate)] for arm in arms}
         return {"uri": png_uri(png), "told": zeros}
 
     def draw_activations() -> dict[str, Any]:
@@ -147,8 +143,9 @@ def look_inside(run: Run, parts: Parts, styles: Styles) -> dict[str, Any]:
         return _picture(layers.histograms(first, last, styles, replicate), {})
 
     def draw_gradients() -> dict[str, Any]:
-        told = {arm: words.gradients(last, arm) for arm in arms}
-        return _picture(layers.gradient_norms(first, last, styles), told)
+        norms = {arm: last[f"{arm}/gradient_norms"].T for arm in arms}
+        means = {arm: [summarize(layer).mean for layer in norms[arm]] for arm in arms}
+        return _picture(layers.gradient_norms(first, last, styles), means)
 
     def draw_statistics() -> dict[str, Any]:
         told = {arm: words.statistics(end, arm) for arm in normalized}

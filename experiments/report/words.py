@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from bnjax.statistics import summarize
 from experiments.lab.console import format_summary
 from experiments.report import layers, predictions
 from experiments.report.figures import Probes
@@ -33,10 +32,7 @@ def headline(
 ) -> str:
     """Which arm was best by test accuracy, by how much, how often it was so, and how sure it is.
 
-    Args:
-        summary: of a run.
-        labels: `{arm: label}`.
-        titles: `{arm: title}`.
+    Of the summary of a run; `labels` and `titles` are `{arm: label}` and `{arm: title}`.
     """
     short, long = phrases(labels, titles), phrases(titles, labels)
     found = {arm: of_arm[METRIC] for arm, of_arm in summary["arms"].items()}
@@ -89,16 +85,7 @@ def _compare(difference: Mapping[str, Any], against: str, finals: str, replicate
         told += f", {'higher ' * (not points)}in {count} of {n} replicates"
         told += f"; 95 % interval {low:+.1f} to {high:+.1f} points"
         told += ", which includes no difference" * (bool(points) and low <= 0 <= high)
-    left_out = replicates - n
-    return told + f"; {left_out} left out, in which a network diverged" * bool(left_out)
-
-
-def gradients(last: Probes, arm: str) -> str:
-    """The norms of the first and the last kernel's gradient."""
-    norms = last[f"{arm}/gradient_norms"]
-    ends = [summarize(norms[:, layer]).mean for layer in (0, -1)]
-    first, final = ("not finite" if mean is None else f"{mean:.2g}" for mean in ends)
-    return f"{first} in the first layer, {final} in the last"
+    return told + f"; {replicates - n} left out, in which a network diverged" * (n < replicates)
 
 
 def statistics(end: Probes, arm: str) -> str:
