@@ -24,11 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
 
     def command(_: Callable[[], None]) -> None:
-        with exits.user_errors():
+        with exits.user_errors(), show_warnings(console, rundir.ReportWarning):
             path = rundir.expand(run)
             try:
-                with show_warnings(console, rundir.ReportWarning):
-                    report.redraw(path)
+                report.redraw(path)
             except (KeyError, UndefinedError) as error:
                 raise ValueError(
                     f"the files of {path} lack {error}: another version saved them, or they are "

@@ -128,7 +128,6 @@ def draw_band(axes: Axes, style: Style, x: ArrayLike, values: ArrayLike, **chang
     """An arm's mean over replicates within its 95 % confidence interval.
 
     Args:
-        axes: where to draw.
         style: of `arm_styles`; `changes` are what differs from it.
         x: `[N]`.
         values: `[R, N]`.

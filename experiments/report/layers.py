@@ -116,7 +116,7 @@ def statistics(end: Probes, styles: Styles) -> Figure:
 def _panels(
     depths: Mapping[Any, int], below: str, **share: Any
 ) -> tuple[Figure, list[tuple[Axes, Any, int]]]:
-    """The panels of rows, a panel for each layer that is drawn of so many: axes, row and layer.
+    """A row of panels for each key of `{row: layers}`: axes, row and layer of those that are drawn.
 
     Fixed margins are drawn twice as fast as found ones.
     """

@@ -73,10 +73,10 @@ def headline(
 def _compare(difference: Mapping[str, Any], against: str, finals: str, replicates: int) -> str:
     """How much higher the first is, and how sure that is; of a single pair both are told."""
     points, n, wins = round(100 * difference["mean"], 1), difference["n"], difference["wins"]
-    told = f"the same as {against}"
-    if points:
-        told = f"{abs(points):.1f} points {'higher' if points > 0 else 'lower'}"
-        told += f" than {against}" * (against != UNSAID)
+    told = f"{abs(points):.1f} points {'higher' if points > 0 else 'lower'}"
+    told += f" than {against}" * (against != UNSAID)
+    if not points:
+        told = f"the same as {against}"
     if difference["interval"] is None:
         told += f": {finals}, in one replicate"
     else:
