@@ -12,17 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments.lab import exits, metrics, options, rundir
-from experiments.lab.console import SHOWN, format_certainty, format_summary, print_plain
+from experiments.lab import exits, metrics, rundir
+from experiments.lab.console import SHOWN, print_plain
 from experiments.lab.run import Run
 
 PROG = "python -m experiments.compare"
-
-Runs = Mapping[str, Run]  # by name; the first is what the others are held against
 
 
 @dataclass(frozen=True)
@@ -41,15 +38,7 @@ class CompareConfig:
             raise ValueError("expected two runs or more to compare, each of them once")
 
 
-def read(path: Path) -> Run:
-    """A run, ended or not; `ValueError` if it has no epoch yet."""
-    run = Run(path)
-    if not run.epochs:
-        raise ValueError(f"{path} has no epoch yet: let it run, or leave it out")
-    return run
-
-
-def differences(compared: Runs) -> dict[str, list[Any]]:
+def differences(compared: Mapping[str, Run]) -> dict[str, list[Any]]:
     """The settings, data and versions that differ, `{name: [value of each run]}`."""
     told = [
         {
@@ -80,7 +69,19 @@ def pair(first: Run, other: Run) -> dict[str, dict[str, Any]] | None:
         return None
     epoch = min(run.epochs for run in both) - 1
     count = min(run.experiment.replicates for run in both)
-    before, after = (_final(run, epoch, count) for run in both)
+    finals = []
+    for run in both:
+        final = {
+            arm: {metric: of_arm[metric][epoch, :count] for metric in SHOWN}
+            for arm, of_arm in run.metrics.items()
+        }
+        minus = final[run.reference]
+        final |= {
+            f"{arm} minus {run.reference}": {m: final[arm][m] - minus[m] for m in SHOWN}
+            for arm in run.others
+        }
+        finals.append(final)
+    before, after = finals
     return {
         name: {metric: metrics.difference(metric, after[name], before[name]) for metric in SHOWN}
         for name in before
@@ -88,55 +89,30 @@ def pair(first: Run, other: Run) -> dict[str, dict[str, Any]] | None:
     }
 
 
-def _final(run: Run, epoch: int, count: int) -> dict[str, dict[str, np.ndarray]]:
-    """The metrics of each arm, and what each but the reference is worth."""
-    arms = {
-        arm: {metric: of_arm[metric][epoch, :count] for metric in SHOWN}
-        for arm, of_arm in run.metrics.items()
-    }
-    worth = {
-        f"{arm} minus {run.reference}": {m: arms[arm][m] - arms[run.reference][m] for m in SHOWN}
-        for arm in run.others
-    }
-    return arms | worth
-
-
-def write(path: Path, compared: Runs) -> None:
-    """Writes the numbers, the picture and the page into a directory."""
-    different = differences(compared)
-    summaries = {
-        name: metrics.summarize(run.metrics, run.reference) for name, run in compared.items()
-    }
+def write(path: Path, compared: Mapping[str, Run]) -> None:
+    """Writes the numbers, the picture and the page of runs by name, held against the first."""
     first, *others = compared
-    paired = {name: pair(compared[first], compared[name]) for name in others}
+    content = {
+        "runs": {
+            name: metrics.summarize(run.metrics, run.reference) for name, run in compared.items()
+        },
+        "differences": differences(compared),
+        "paired": {name: pair(compared[first], compared[name]) for name in others},
+    }
     path.mkdir(parents=True, exist_ok=True)
-    content = {"runs": summaries, "differences": different, "paired": paired}
     rundir.write_json(path / "compare.json", content)
     from experiments.report import figures  # matplotlib may fail, the numbers are there
-    from experiments.report.page import is_replaced, render, svg_uri
+    from experiments.report.page import render, svg_uri
 
-    drawn = {name: (run.metrics, run.labels) for name, run in compared.items()}
-    picture = figures.to_svg(figures.overlay(drawn))
+    picture = figures.to_svg(figures.overlay(compared))
     rundir.write_bytes(path / "compare.svg", picture)
-    titles = {arm: title for run in compared.values() for arm, title in run.titles.items()}
-    titles |= {
-        f"{arm} minus {run.reference}": f"{titles[arm]}, minus {titles[run.reference]}"
-        for run in compared.values()
-        for arm in run.others
-    }
+    titles: dict[str, str] = {}
+    for run in compared.values():
+        titles |= run.titles
+        minus, title = f" minus {run.reference}", f", minus {run.titles[run.reference]}"
+        titles |= {arm + minus: run.titles[arm] + title for arm in run.others}
     page = render(
-        "compare.html.j2",
-        replaced=any(is_replaced(run.config) for run in compared.values()),
-        certainty=format_certainty,
-        commands={name: options.repeat(run.config) for name, run in compared.items()},
-        curves=svg_uri(picture),
-        different=different,
-        format=format_summary,
-        paired=paired,
-        runs=compared,
-        shown=SHOWN,
-        summaries=summaries,
-        titles=titles,
+        "compare.html.j2", **content, compared=compared, curves=svg_uri(picture), titles=titles
     )
     rundir.write_bytes(path / "compare.html", page.encode(errors="replace"))
 
@@ -157,7 +133,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             out = rundir.expand(config.out)
             rundir.check_free(out)
             paths = [rundir.expand(path).resolve() for path in config.runs]
-            compared = {name: read(path) for path, name in zip(paths, _names(paths), strict=True)}
+            compared = dict(zip(_names(paths), map(Run, paths), strict=True))
+            for path, run in zip(paths, compared.values(), strict=True):
+                if not run.epochs:
+                    raise ValueError(f"{path} has no epoch yet: let it run, or leave it out")
         then = f"its numbers are in {out / 'compare.json'}"
         with exits.optional(console, "the comparison could not be drawn", then):
             write(out, compared)

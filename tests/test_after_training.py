@@ -102,7 +102,7 @@ PICTURE = "NOTE: the report lacks {what} ({place} is broken): {again}"
         ),
         ("experiments.report.layers.gradient_norms", [PICTURE.replace("{what}", "the gradients")]),
         (
-            "experiments.report.predictions.confusions",
+            "experiments.report.predictions.confusion",
             [PICTURE.replace("{what}", "the predictions")],
         ),
         (
@@ -142,7 +142,7 @@ def test_what_fails_costs_a_sentence(whole, tmp_path, break_, monkeypatch, place
     [
         ("experiments.lab.probes.after_epoch", OSError("b")),
         ("experiments.lab.probes.at_end", MemoryError()),
-        ("experiments.report.words.activations", KeyError("a")),
+        ("experiments.report.words.mistakes", KeyError("a")),
         ("experiments.report.figures.to_svg", IndexError("c")),
     ],
 )

@@ -11,7 +11,7 @@ from factories import make_lines, save_run
 
 from bnjax.statistics import paired_difference
 from experiments import compare
-from experiments.lab import metrics, rundir
+from experiments.lab import Run, metrics, rundir
 from experiments.lab.presets import BOOSTCOURSE, LAB10
 
 
@@ -30,7 +30,7 @@ def two(tmp_path):
 
 
 def test_what_differs(two):
-    compared = {path.name: compare.read(path) for path in two}
+    compared = {path.name: Run(path) for path in two}
     assert compare.differences(compared) == {
         "epochs": [3, 2],
         "learning_rate": [0.01, 0.1],
@@ -40,7 +40,7 @@ def test_what_differs(two):
 
 
 def test_replicates_with_the_same_seed_are_pairs(two):
-    first, second = (compare.read(path) for path in two)
+    first, second = (Run(path) for path in two)
     found = compare.pair(first, second)
     ours, others = (run.metrics["bn"]["test_loss"][1, :3] for run in (first, second))
     expected = paired_difference(others, ours, lower_is_better=True)._asdict()
@@ -56,7 +56,7 @@ def test_replicates_with_the_same_seed_are_pairs(two):
 
 @pytest.mark.parametrize("change", ["seed", "data"])
 def test_others_are_no_pairs(two, change):
-    first, second = (compare.read(path) for path in two)
+    first, second = (Run(path) for path in two)
     if change == "seed":
         second.experiment = replace(second.experiment, seed=1)
     else:
@@ -74,7 +74,7 @@ def test_what_both_have_is_compared(tmp_path):
         replace(LAB10, epochs=1, arms=of_run, reference=reference)
         for of_run, reference in arms.items()
     ]
-    runs = [compare.read(save(tmp_path / str(k), one, seed=k)) for k, one in enumerate(settings)]
+    runs = [Run(save(tmp_path / str(k), one, seed=k)) for k, one in enumerate(settings)]
     assert list(compare.pair(*runs[:2])) == ["bn", "layer_norm"]  # held against different arms
     found = compare.pair(runs[0], runs[2])
     assert list(found) == ["layer_norm", "no_bn", "layer_norm minus no_bn"]
@@ -84,7 +84,7 @@ def test_what_both_have_is_compared(tmp_path):
     ]
     mean = found["layer_norm minus no_bn"]["test_loss"]["mean"]
     assert np.isclose(mean, np.mean(worth[1] - worth[0]))
-    other = compare.read(save(tmp_path / "other", replace(LAB10, epochs=1, arms=("rms_norm",))))
+    other = Run(save(tmp_path / "other", replace(LAB10, epochs=1, arms=("rms_norm",))))
     assert compare.pair(runs[0], other) == {}
     compare.write(tmp_path / "out", {"first": runs[0], "other": other})
     page = " ".join((tmp_path / "out" / "compare.html").read_text().split())
@@ -145,7 +145,7 @@ def test_mistakes(two, tmp_path, capsys):
 
 
 def test_dataclass_of_settings_is_what_a_run_saved(two):
-    assert compare.read(two[0]).config["experiment"] == {
+    assert Run(two[0]).config["experiment"] == {
         **asdict(replace(LAB10, epochs=3, replicates=4)),
         "hidden_sizes": [32, 32],
         "arms": ["bn", "no_bn"],

@@ -2,6 +2,7 @@
 
 import io
 from itertools import combinations
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -79,8 +80,10 @@ def test_colours_differ_for_the_colour_blind():
 
 def test_an_overlay_gives_a_colour_to_each_run_and_a_dash_to_each_arm():
     runs = {
-        "first": (make_curves(2, 1, arms=TWO), named(TWO, "label")),
-        "second": (make_curves(3, 1, arms=THREE[1:]), named(THREE[1:], "label")),
+        name: SimpleNamespace(
+            arms=arms, labels=named(arms, "label"), metrics=make_curves(epochs, 1, arms=arms)
+        )
+        for name, epochs, arms in (("first", 2, TWO), ("second", 3, THREE[1:]))
     }
     lines = figures.overlay(runs).axes[0].get_lines()
     labels = ["first, with BN", "first, without BN", "second, without BN", "second, layer norm"]

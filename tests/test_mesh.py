@@ -4,6 +4,8 @@ These need eight devices: XLA_FLAGS=--xla_force_host_platform_device_count=8.
 """
 
 import dataclasses
+import math
+import re
 import shutil
 from collections import Counter
 from functools import cache, partial
@@ -25,8 +27,8 @@ from bnjax.parallel import mesh as mesh_module
 from bnjax.parallel.mesh import make_mesh, replicate_data
 from bnjax.torch_interop import to_torch
 from bnjax.training import Batch
-from experiments.benchmark import scaling
-from experiments.lab import devices, rundir
+from experiments.lab import arms, devices, rundir
+from experiments.lab.presets import BOOSTCOURSE
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 
@@ -207,12 +209,50 @@ def test_replicates_at_once_are_those_one_after_the_other(monkeypatch, statistic
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def collectives(mesh, replicates, batch_size, depth, norm="batch", statistics="global"):
-    """What the devices do together in a step, as the compiled program of an epoch has it."""
+COLLECTIVE = re.compile(
+    r"= (\(.*?\)|\S+) "  # the arrays that result
+    r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+)
+ARRAY = re.compile(r"(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")  # bits of an element, and the shape
+
+
+def count_collectives(program: str) -> list[tuple[str, int]]:
+    """Kind and bytes of each communication in a compiled program, given its HLO as text."""
+    found = []
+    for arrays, kind in COLLECTIVE.findall(program):
+        sizes = (
+            int(bits or 8) // 8 * math.prod(int(n) for n in shape.split(",") if n)
+            for bits, shape in ARRAY.findall(arrays)
+        )
+        found.append((kind, sum(sizes)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("%a = f32[16]{0} all-reduce(f32[16]{0} %x), channel_id=1", [("all-reduce", 64)]),
+        ("%a = (f32[2,3]{1,0}, s32[]) all-reduce(%x, %y)", [("all-reduce", 28)]),
+        (
+            "%a = f64[4]{0} all-gather-start(%x)\n%b = bf16[4]{0} all-to-all(%a)",
+            [("all-gather", 32), ("all-to-all", 8)],
+        ),
+        ("%a = f32[16]{0} all-reduce-done(%x)\n%b = f32[3]{0} add(%a, %all-reduce.3)", []),
+    ],
+)
+def test_communication_is_counted(text, expected):
+    assert count_collectives(text) == expected
+
+
+def test_one_device_communicates_nothing():
+    program = jax.jit(lambda x: x.sum()).lower(np.ones(4, np.float32)).compile().as_text()
+    assert count_collectives(program) == []
+
+
+def compiled(mesh, replicates, data, batch_size, arm, statistics) -> str:
+    """The compiled program of an epoch, as text."""
     mesh, keys = make_mesh(*mesh), paired.replicate_keys(0, replicates)
-    data = examples(4 * batch_size, np.float32)
-    module = models.MLP((16,) * depth, 10, norm)
-    placement = Placement((Arm("arm", module, optax.adam(1e-3)),), mesh)
+    placement = Placement((arm,), mesh)
     program = paired.train_epoch.lower(
         Trainer([placement], keys, data, data, batch_size).initial_states(),
         keys,
@@ -223,7 +263,15 @@ def collectives(mesh, replicates, batch_size, depth, norm="batch", statistics="g
         mesh=mesh,
         statistics=statistics,
     )
-    return Counter(kind for kind, _ in scaling.collectives(program.compile().as_text()))
+    return program.compile().as_text()
+
+
+def collectives(mesh, replicates, batch_size, depth, norm="batch", statistics="global"):
+    """What the devices do together in a step, as the compiled program of an epoch has it."""
+    arm = Arm("arm", models.MLP((16,) * depth, 10, norm), optax.adam(1e-3))
+    data = examples(4 * batch_size, np.float32)
+    program = compiled(mesh, replicates, data, batch_size, arm, statistics)
+    return Counter(kind for kind, _ in count_collectives(program))
 
 
 @pytest.mark.parametrize(
@@ -244,6 +292,18 @@ def test_without_normalization_only_gradients_and_losses_are_summed(mesh):
 def test_local_statistics_cost_no_communication_of_their_own(depth):
     """Gradients, losses and running statistics in one, the number of examples in another."""
     assert collectives((1, 4), 1, 32, depth, statistics="local") == {"all-reduce": 2}
+
+
+@pytest.mark.parametrize(
+    ("arm", "statistics", "count", "kilobytes"),
+    [("bn", "global", 7, 173.8), ("bn", "local", 2, 173.3), ("no_bn", "global", 1, 172.3)],
+)
+def test_a_step_of_boostcourse_sends_what_the_readme_says(arm, statistics, count, kilobytes):
+    (made,) = arms.make_arms(dataclasses.replace(BOOSTCOURSE, arms=(arm,)))
+    data = Batch(np.zeros((1024, 28, 28), np.uint8), np.zeros(1024, np.int32))
+    found = count_collectives(compiled((1, 8), 1, data, 512, made, statistics))
+    assert [kind for kind, _ in found] == ["all-reduce"] * count
+    assert round(sum(size for _, size in found) / 1000, 1) == kilobytes
 
 
 DIGITS = "--dataset", "digits", "--hidden-sizes", 8, 8, "--batch-size", 96, "--no-progress"

@@ -165,7 +165,7 @@ def test_headline(accuracies, told):
             "With layer normalization the network diverged in every replicate; with BN test "
             "accuracy was 90.00 %",
         ),
-        (("bn",), [(0.9,)], "With batch normalization test accuracy was 90.00 %"),
+        (("bn",), [(0.9,)], "With BN test accuracy was 90.00 %"),
         (("bn",), [(None,)], "The network diverged in every replicate"),
     ],
 )
@@ -178,31 +178,44 @@ def test_headline_of_other_arms(arms, accuracies, told):
     [
         (
             [(0.97, 0.95, 0.96), (0.98, 0.96, 0.96)],
-            "With batch normalization test accuracy was best, 97.50 ± 0.71 %: 2.0 points higher "
+            "Test accuracy was best with batch normalization, 97.50 ± 0.71 %: 2.0 points higher "
             "than without BN, in 2 of 2 replicates; 95 % interval +2.0 to +2.0 points",
         ),
         (
             [(0.93, 0.95, 0.94), (0.93, 0.95, 0.93)],
-            "Without BN test accuracy was best, 95.00 ± 0.00 %; with layer normalization 1.5 "
-            "points lower than without BN, in 2 of 2 replicates; 95 % interval -7.9 to +4.9 "
+            "Test accuracy was best without BN, 95.00 ± 0.00 %; with layer normalization it was "
+            "1.5 points lower than without BN, in 2 of 2 replicates; 95 % interval -7.9 to +4.9 "
             "points, which includes no difference",
         ),
         (
             [(0.97, 0.96, 0.97)],
-            "With layer normalization and with batch normalization test accuracy was best, "
-            "97.00 %; with layer normalization 1.0 points higher than without BN, in one replicate",
+            "Test accuracy was best with batch normalization and with layer normalization, "
+            "97.00 %; with BN it was 1.0 points higher than without BN: 97.00 % against 96.00 %, "
+            "in one replicate",
         ),
         (
             [(0.97, 0.95, 0.96), (None, 0.95, 0.96), (None, None, 0.96)],
-            "With layer normalization test accuracy was best, 96.00 ± 0.00 %: 1.0 points higher "
+            "Test accuracy was best with layer normalization, 96.00 ± 0.00 %: 1.0 points higher "
             "than without BN, in 2 of 2 replicates; 95 % interval +1.0 to +1.0 points; 1 left out, "
             "in which a network diverged; not ranked, as they diverged: with BN in 2, without BN "
             "in 1 of 3",
         ),
         (
             [(0.97, None, 0.96)],
-            "With batch normalization test accuracy was best, 97.00 %; not ranked, as they "
+            "Test accuracy was best with batch normalization, 97.00 %; not ranked, as they "
             "diverged: without BN in 1 of 1",
+        ),
+        (
+            [(None, 0.95, 0.96), (None, 0.95, None), (0.9, 0.95, None)],
+            "Test accuracy was best without BN, 95.00 ± 0.00 %; with layer normalization it was "
+            "1.0 points higher than without BN: 96.00 % against 95.00 ± 0.00 %, in one replicate; "
+            "2 left out, in which a network diverged; not ranked, as they diverged: with BN in 2, "
+            "with layer normalization in 2 of 3",
+        ),
+        (
+            [(None, 0.95, None)],
+            "With BN and with layer normalization the network diverged in every replicate; without "
+            "BN test accuracy was 95.00 %",
         ),
         ([(None, None, None)], "All networks diverged in every replicate"),
     ],
@@ -245,29 +258,14 @@ class TestWords:
 
     def test_mistakes(self):
         end = end_of([3, 3, 3, 5], bn=[3, 5, 5, 5], no_bn=[3, 300, 12, 2])
-        assert words.mistakes(predictions.confusions(end, TWO), NAMES) == (
-            "With BN 2 mistakes, most often 3 taken for 5 (2 times); "
-            "without BN 3 mistakes, most often 3 taken for something else (2 times)"
+        assert (
+            words.mistakes(predictions.confusion(end, "bn"))
+            == "2 mistakes, most often 3 taken for 5 (2 times)"
         )
-        assert words.mistakes(
-            predictions.confusions(end_of([1], bn=[1], no_bn=[1]), TWO), NAMES
-        ) == ("With BN 0 mistakes; without BN 0 mistakes")
-
-    def test_gradients_leave_out_what_is_not_finite(self):
-        last = {
-            "bn/gradient_norms": np.array([[0.1, 9.0, 0.4], [0.3, 9.0, 0.6]]),
-            "no_bn/gradient_norms": np.array([[2.0, 9.0, np.nan], [np.nan, 9.0, np.nan]]),
-        }
-        assert words.gradients(last, NAMES) == (
-            "with BN 0.2 in the first layer, 0.5 in the last; "
-            "without BN 2 in the first layer, not finite in the last"
-        )
-
-    def test_activations(self):
-        percentiles = np.arange(20.0).reshape(2, 2, 5)
-        last = {"bn/percentiles": percentiles, "no_bn/percentiles": -percentiles[:, :, ::-1]}
-        told = "with BN from 15 to 19, without BN from -19 to -15"
-        assert words.activations(last, NAMES, 1) == told
+        told = "3 mistakes, most often 3 taken for something else (2 times)"
+        assert words.mistakes(predictions.confusion(end, "no_bn")) == told
+        none = predictions.confusion(end_of([1], bn=[1]), "bn")
+        assert words.mistakes(none) == "0 mistakes"
 
     def test_statistics_are_told_in_the_order_of_the_file(self):
         end = {}
@@ -277,37 +275,8 @@ class TestWords:
                 end[place.format("running", "mean")] = np.zeros(2)
                 end[place.format("running", "var")] = factor * (layer + 1) * np.array([1.0, 2.0])
                 end[place.format("population", "var")] = np.array([1.0, 2.0])
-        one = words.statistics(end, {"bn": "with BN", "no_bn": "without BN"})
-        assert one == "1.000, 3.000, 11.000"
-        both = words.statistics(end, {"bn": "with BN", "bn_after": "after"})
-        assert both == "with BN 1.000, 3.000, 11.000; after 2.000, 6.000, 22.000"
-
-    def test_features(self):
-        last = {
-            "bn/features_1": np.array([[[0.0, 1.0]], [[0.0, 0.0]]]),
-            "no_bn/features_1": np.array([[[1.0, 1.0]], [[0.0, 1.0]]]),
-        }
-        assert words.features(last, NAMES, 1) == "with BN 100%; without BN 50%"
-
-    @pytest.mark.parametrize(
-        ("cost", "told"),
-        [(0.4, "training cost was 0.1 lower"), (0.75, "training cost was 0.25 higher")],
-    )
-    def test_losses(self, cost, told):
-        lines = [line(1, "bn", train_cost=cost), line(1, "no_bn", train_cost=0.5)]
-        of = metrics.summarize(metrics.curves(lines, TWO), "no_bn")
-        assert words.losses(of, NAMES) == f"Test loss was 0 lower, {told} with it."
-
-    def test_losses_of_three_arms(self):
-        lines = [
-            line(1, arm, test_loss=loss, train_cost=cost)
-            for arm, loss, cost in zip(THREE, (0.2, 0.1, 0.3), (None, 0.5, 0.4), strict=True)
-        ]
-        of = metrics.summarize(metrics.curves(lines, THREE), "no_bn")
-        names = dict(zip(THREE, ("with BN", "without BN", "with LN"), strict=True))
-        assert words.losses(of, names) == (
-            "Test loss was lowest without BN, 0.1, training cost was lowest with LN, 0.4."
-        )
+        assert words.statistics(end, "bn") == "1.000, 3.000, 11.000"
+        assert words.statistics(end, "bn_after") == "2.000, 6.000, 22.000"
 
 
 class TestPictures:
@@ -339,6 +308,52 @@ class TestPictures:
             )
             np.testing.assert_array_equal(drawn.get_xdata(), whole)
             np.testing.assert_array_equal(drawn.get_ydata(), running)
+
+
+def test_captions_tell_what_was_recorded(tmp_path):
+    """Layer by layer, of the replicate that is looked into."""
+    path = tmp_path / "run"
+    save_run(path, replace(LAB10, epochs=1), 2)
+    last, end = (Run(path).probes(name) for name in ("epoch-001", "end"))
+    last |= {name: np.where(x < 0.3, 0, x) for name, x in last.items() if "features" in name}
+    last["bn/gradient_norms"] = np.array([[0.1, 9.0, 0.4], [0.3, 9.0, 0.6]])
+    last["no_bn/gradient_norms"] = np.array([[2.0, 9.0, np.nan], [np.nan, 9.0, np.nan]])
+    rundir.write_arrays(path / "probes" / "epoch-001.npz", last)
+    with blank_pictures():
+        report.redraw(path)
+    page = " ".join((path / "report.html").read_text().split())
+    zeros = {
+        name: ", ".join(f"{np.mean(last[f'{arm}/features_{k}'][0] == 0):.0%}" for k in (1, 2))
+        for arm, name in NAMES.items()
+    }
+    assert len({*zeros.values(), "0%, 0%"}) == 3
+    told = "; ".join(f"{name} {shares}" for name, shares in zeros.items())
+    assert f"Shares of values that are zero, layer by layer: {told}.</" in page
+    spreads = {name: last[f"{arm}/percentiles"][0, -1] for arm, name in NAMES.items()}
+    told = ", ".join(f"{name} from {x[0]:.3g} to {x[-1]:.3g}" for name, x in spreads.items())
+    assert f"nine tenths of them lie, in the last layer, {told}.</" in page
+    told = "with BN 0.2 in the first layer, 0.5 in the last; without BN 2 in the first layer, not"
+    assert f"After the last epoch: {told} finite in the last." in page
+    assert f"is, layer by layer, {words.statistics(end, 'bn')}.</" in page
+    counts = {arm: predictions.confusion(end, arm) for arm in TWO}
+    told = "; ".join(f"{name} {words.mistakes(counts[arm])}" for arm, name in NAMES.items())
+    assert f"W{told[1:]}.</p>" in page
+
+
+@pytest.mark.parametrize(
+    ("cost", "told"),
+    [(0.4, "training cost was 0.1 lower"), (0.75, "training cost was 0.25 higher")],
+)
+def test_losses_are_compared(tmp_path, cost, told):
+    path = tmp_path / "run"
+    lines = save_run(path, replace(LAB10, epochs=1))
+    for one in lines:
+        one.update(test_loss=0.5, train_cost=cost if one["arm"] == "bn" else 0.5)
+    metrics.write(path, lines)
+    with blank_pictures():
+        report.redraw(path)
+    page = " ".join((path / "report.html").read_text().split())
+    assert f"<p>Test loss was 0 lower, {told} with it.</p>" in page
 
 
 def test_tables_of_confusions(write, tmp_path):

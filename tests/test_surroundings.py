@@ -15,7 +15,7 @@ from factories import named, save_run
 
 from experiments import compare, report
 from experiments.claims import Evidence, load_claims, verdicts
-from experiments.lab import metrics, rundir
+from experiments.lab import Run, metrics, rundir
 from experiments.lab.cells import SweepCell
 from experiments.lab.presets import BOOSTCOURSE
 from experiments.report import figures, heat
@@ -88,7 +88,7 @@ def draw(made_up_runs: list[Path]) -> dict[str, bytes]:
     run = made_up_runs[0]
     place = run.parent
     report.redraw(run)
-    compare.write(place / "compared", {run.name: compare.read(run) for run in made_up_runs})
+    compare.write(place / "compared", {run.name: Run(run) for run in made_up_runs})
     names = ("curves.png", "curves.svg", "features.png", "report.html")
     drawn = {name: (run / name).read_bytes() for name in names}
     drawn["compare.svg"] = (place / "compared" / "compare.svg").read_bytes()

@@ -5,8 +5,8 @@
 
 Three parts: the paired epoch of the preset boostcourse, beside Flax and PyTorch where that is
 installed (pip install '.[bench]'); the operation, batch normalization forward and backward, beside
-Flax's; and how a step scales over virtual devices and processes of the CPU. Contenders take turns;
-medians are compared, and the spread is the distance of the quartiles.
+Flax's; and how a step scales over virtual devices of the CPU. Contenders take turns; medians are
+compared, and the spread is the distance of the quartiles.
 """
 
 import os
@@ -33,7 +33,7 @@ class Settings:
     """Which parts to run."""
 
     dataset: str = "auto"
-    """Of the epoch: auto, mnist, fashion_mnist, kmnist or digits; auto is MNIST if it is there."""
+    """To train on: auto, mnist, fashion_mnist, kmnist or digits; auto is MNIST if it is there."""
 
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where the dataset's IDX files are."""
@@ -62,12 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exits.run(lambda _: _measure(settings, Console()))
 
 
-def _measure(settings: Settings, console: Console) -> int:
-    parts: dict[str, Callable[[int], Part]] = {"operation": operation.run, "scaling": scaling.run}
-    if "epoch" in settings.parts:
+def _measure(settings: Settings, console: Console) -> None:
+    parts: dict[str, Callable[[int], Part]] = {"operation": operation.run}
+    if {"epoch", "scaling"} & {*settings.parts}:
         with exits.user_errors():
             dataset = plan.load_data(settings.dataset, settings.data_dir, console)
-        parts["epoch"] = partial(epoch.run, dataset)
+        parts |= {"epoch": partial(epoch.run, dataset), "scaling": partial(scaling.run, dataset)}
     found = rundir.provenance()
     for name in settings.parts:
         found[name], title, rows = parts[name](settings.repeats)
@@ -75,11 +75,10 @@ def _measure(settings: Settings, console: Console) -> int:
         for heading in rows[0]:
             table.add_column(heading, justify="right" if table.columns else "left")
         for row in rows:
-            table.add_row(*row.values())
+            table.add_row(*map(str, row.values()))
         console.print(table)
         if settings.json:
             rundir.write_json(settings.json, found)
-    return 0
 
 
 if __name__ == "__main__":

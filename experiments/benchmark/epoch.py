@@ -5,9 +5,10 @@ the same batches, in a process of its own, which shares nothing with others but 
 function that takes the dataset and returns one that trains for an epoch and tells its seconds.
 """
 
+import dataclasses
 import importlib.util
-import time
-from collections.abc import Callable
+import timeit
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -28,40 +29,54 @@ from experiments.lab import arms, devices, scratch
 from experiments.lab.presets import BOOSTCOURSE as PRESET
 
 Epoch = Callable[[], float]
+Contender = Callable[[Dataset], Epoch]
 
 
 def run(dataset: Dataset, repeats: int) -> Part:
     """Measures every contender, those in PyTorch where it is installed."""
+    torch = importlib.util.find_spec("torch")
+    there = {name: one for name, one in CONTENDERS.items() if torch or "PyTorch" not in name}
+    seconds = measure(there, dataset, repeats)
+    title = "Paired epoch of boostcourse, per replicate"
+    return {"seconds_per_replicate": seconds}, title, compare(seconds, "s")
+
+
+def measure(
+    contenders: Mapping[str, Contender], dataset: Dataset, repeats: int
+) -> dict[str, list[float]]:
+    """The seconds that contenders tell by turns, by name, each in its process."""
     calls = {}
     with ExitStack() as stack:
-        for name in CONTENDERS:
-            if "PyTorch" not in name or importlib.util.find_spec("torch"):
-                pool = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
-                pool.submit(_prepare, name, dataset).result()
-                calls[name] = lambda pool=pool: pool.submit(_train).result()
-        seconds = take_turns(calls, repeats)
-    rows = compare(seconds, "s", "Flax")
-    return {"seconds_per_replicate": seconds}, "Paired epoch of boostcourse, per replicate", rows
+        for name, contender in contenders.items():
+            pool = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
+            pool.submit(_prepare, contender, dataset).result()
+            calls[name] = lambda pool=pool: pool.submit(_train).result()
+        return take_turns(calls, repeats)
 
 
 _prepared: list[Epoch] = []  # in the contender's process
 
 
-def _prepare(name: str, dataset: Dataset) -> None:
-    _prepared.append(CONTENDERS[name](dataset))
+def _prepare(contender: Contender, dataset: Dataset) -> None:
+    _prepared.append(contender(dataset))
 
 
 def _train() -> float:
     return _prepared[0]()
 
 
-def bnjax(dataset: Dataset, replicates: int = 1) -> Epoch:
-    """This project's own loop; one call trains all replicates and tells the seconds of each."""
+def bnjax(dataset: Dataset, replicates: int = 1, mesh: str = "auto", **settings: Any) -> Epoch:
+    """This project's own loop; one call trains all replicates and tells the seconds of each.
+
+    `settings` are those in which it differs from the preset.
+    """
+    experiment = dataclasses.replace(PRESET, **settings)
     trainer = paired.Trainer(
-        devices.make_placements(arms.make_arms(PRESET), "auto", replicates),
-        paired.replicate_keys(PRESET.seed, replicates),
+        devices.make_placements(arms.make_arms(experiment), mesh, replicates),
+        paired.replicate_keys(experiment.seed, replicates),
         *scratch.batches(dataset),
-        PRESET.batch_size,
+        experiment.batch_size,
+        statistics=experiment.bn_statistics,
     )
     epochs = trainer.epochs(trainer.initial_states(), range(1, 10**6))
 
@@ -114,7 +129,7 @@ def flax(dataset: Dataset) -> Epoch:
                 states[k], _ = step(state, images[i], labels[i])
         jax.block_until_ready(states)
 
-    return partial(_seconds, train)
+    return partial(timeit.timeit, train, number=1)
 
 
 def pytorch(dataset: Dataset, loader: bool = False) -> Epoch:
@@ -132,9 +147,8 @@ def pytorch(dataset: Dataset, loader: bool = False) -> Epoch:
         for fan_in, size in pairwise(sizes):
             norm = [torch.nn.BatchNorm1d(size)] if use_batch_norm else []
             layers += [torch.nn.Linear(fan_in, size), *norm, torch.nn.ReLU()]
-        return torch.nn.Sequential(*layers, torch.nn.Linear(sizes[-1], PRESET.num_classes)).to(
-            device
-        )
+        layers.append(torch.nn.Linear(sizes[-1], PRESET.num_classes))
+        return torch.nn.Sequential(*layers).to(device)
 
     networks = [create(True), create(False)]
     optimizers = [torch.optim.Adam(n.parameters(), PRESET.learning_rate) for n in networks]
@@ -163,16 +177,10 @@ def pytorch(dataset: Dataset, loader: bool = False) -> Epoch:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    return partial(_seconds, train)
+    return partial(timeit.timeit, train, number=1)
 
 
-def _seconds(train: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    train()
-    return time.perf_counter() - start
-
-
-CONTENDERS: dict[str, Callable[[Dataset], Epoch]] = {
+CONTENDERS: dict[str, Contender] = {
     "PyTorch": pytorch,
     "PyTorch loader": partial(pytorch, loader=True),
     "Flax": flax,

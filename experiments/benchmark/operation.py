@@ -29,8 +29,8 @@ def run(repeats: int) -> Part:
         calls = {name: stopwatch(both_passes(layer, x, gradient)) for name, layer in LAYERS.items()}
         seconds = take_turns(calls, repeats)
         found.append({"shape": shape, "seconds": seconds})
-        size = {"float32 input": " x ".join(map(str, shape))}
-        rows += [{"": row[""], **size, **row} for row in compare(seconds, "ms", "Flax")]
+        size = " x ".join(map(str, shape))
+        rows += [{"float32 input": size, **row} for row in compare(seconds, "ms")]
     return found, "Batch normalization, forward and backward", rows
 
 

@@ -1,13 +1,12 @@
 """Contenders take turns, so that a machine that slows down slows all of them down."""
 
 from collections.abc import Callable, Mapping, Sequence
-from statistics import median
 from typing import Any
 
 import numpy as np
 
 # Of one part: what was measured, as JSON has it, and a table: its title and its rows.
-Part = tuple[Any, str, Sequence[Mapping[str, str]]]
+Part = tuple[Any, str, Sequence[Mapping[str, Any]]]
 
 
 def take_turns(calls: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
@@ -19,14 +18,11 @@ def take_turns(calls: Mapping[str, Callable[[], float]], repeats: int) -> dict[s
     return {name: [turn[name] for turn in turns[1:]] for name in calls}
 
 
-def compare(seconds: Mapping[str, Sequence[float]], unit: str, peer: str) -> list[dict[str, str]]:
-    """Rows of a table: each contender's `timing`, and its median as a multiple of a peer's."""
+def compare(seconds: Mapping[str, Sequence[float]], unit: str) -> list[dict[str, str]]:
+    """Rows of a table: each contender's `timing`, and its median as a multiple of Flax's."""
+    flax = np.median(seconds["Flax"])
     return [
-        {
-            "": name,
-            **timing(values, unit),
-            f"/ {peer}": f"{median(values) / median(seconds[peer]):.2f}",
-        }
+        {"": name, **timing(values, unit), "/ Flax": f"{np.median(values) / flax:.2f}"}
         for name, values in seconds.items()
     ]
 
@@ -39,5 +35,5 @@ def timing(seconds: Sequence[float], unit: str) -> dict[str, str]:
         {'ms': '2', 'spread': '1'}
     """
     scale = {"ms": 1000, "s": 1}[unit]
-    low, high = np.quantile(seconds, (0.25, 0.75))
-    return {unit: f"{scale * median(seconds):.3g}", "spread": f"{scale * (high - low):.2g}"}
+    low, median, high = scale * np.quantile(seconds, (0.25, 0.5, 0.75))
+    return {unit: f"{median:.3g}", "spread": f"{high - low:.2g}"}

@@ -1,7 +1,4 @@
-"""Pictures and a page, drawn from the files of a run directory alone.
-
-python -m experiments.report RUN
-"""
+"""Pictures and a page, from the files of a run alone: `python -m experiments.report RUN`."""
 
 from experiments.report.run import redraw
 

@@ -1,6 +1,5 @@
 """Draws the report of a run again, from its files alone: after an update, or of a copy."""
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -13,35 +12,31 @@ from experiments import report
 from experiments.lab import exits, rundir
 from experiments.lab.console import print_plain, show_warnings
 
+PROG = "python -m experiments.report"
 Directory = Annotated[
-    Path,
-    tyro.conf.Positional,
-    tyro.conf.arg(metavar="RUN", help="Directory of a run that has ended."),
+    Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="Directory of a run that ended.")
 ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
-    prog = "python -m experiments.report"
-    run = tyro.cli(Directory, args=arguments, prog=prog, description=__doc__)
+    run = tyro.cli(Directory, args=arguments, prog=PROG, description=__doc__)
     console = Console()
 
-    def command(check: Callable[[], None]) -> int:
-        with exits.user_errors():
+    def command(_: Callable[[], None]) -> None:
+        with exits.user_errors(), show_warnings(console, rundir.ReportWarning):
             path = rundir.expand(run)
             try:
-                with show_warnings(console, rundir.ReportWarning):
-                    report.redraw(path)
+                report.redraw(path)
             except (KeyError, UndefinedError) as error:
                 raise ValueError(
                     f"the files of {path} lack {error}: another version saved them, or they are "
                     "damaged"
                 ) from error
         print_plain(console, f"report: {path / 'report.html'}")
-        return 0
 
     return exits.run(command)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exits.leave(main())

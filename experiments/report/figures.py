@@ -3,10 +3,13 @@
 import io
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps, rc_context, rcParamsDefault
+from matplotlib import colormaps
+from matplotlib import style as style_sheets
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -14,24 +17,15 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
 from bnjax.statistics import summarize
+from experiments.lab.run import Run
 
 Probes = Mapping[str, np.ndarray]
-Curves = Mapping[str, Mapping[str, np.ndarray]]
+Curves = Mapping[Any, Mapping[str, np.ndarray]]
 Style = Mapping[str, Any]
-Styles = Mapping[str, Style]
+Styles = Mapping[Any, Style]
 
 # Decorates what makes pictures: they are the same under any matplotlibrc and in any notebook.
-OURS: dict[Any, Any] = {
-    **rcParamsDefault,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.5,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "bnjax",
-}
-our_style = rc_context({name: value for name, value in OURS.items() if name != "backend"})
+our_style = style_sheets.context(["default", Path(__file__).with_name("ours.mplstyle")])
 
 # Eight colours, of different lightness, that the colour-blind tell apart; with one marker more, a
 # ninth arm has the first colour again, but not the first marker.
@@ -65,74 +59,30 @@ def count_by_ones(axis: Axis) -> None:
 
 def arm_styles(labels: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """`{arm: style}` of `{arm: label}`: told apart without colour, and by the colour-blind."""
+    looks = zip(labels.items(), cycle(COLORS), cycle(DASHES), cycle(MARKERS), strict=False)
     return {
-        arm: {
-            "color": COLORS[place % len(COLORS)],
-            "linestyle": DASHES[place % len(DASHES)],
-            "marker": MARKERS[place % len(MARKERS)],
-            "label": _shorten(label),
-        }
-        for place, (arm, label) in enumerate(labels.items())
+        arm: {"color": color, "linestyle": dash, "marker": marker, "label": _shorten(label)}
+        for (arm, label), color, dash, marker in looks
     }
 
 
 @our_style
-def curves(by_arm: Curves, styles: Styles) -> Figure:
+def curves(by_arm: Curves, styles: Styles, columns: int = 4) -> Figure:
     """Training cost, test loss and test accuracy of all arms over the epochs.
 
     Args:
         by_arm: `{arm: {metric: [epochs, replicates]}}`. Several replicates are drawn as their
             mean within its 95 % confidence interval.
         styles: of `arm_styles`, here and below; its arms are drawn.
+        columns: of the legend.
     """
-    return _draw_curves([(by_arm[arm], style) for arm, style in styles.items()])
-
-
-@our_style
-def overlay(runs: Mapping[str, tuple[Curves, Mapping[str, str]]]) -> Figure:
-    """The same curves of several runs: a colour for each run, dash and marker for each arm.
-
-    Args:
-        runs: `{name: (metrics, labels)}`, as `curves` and `arm_styles` take them.
-    """
-    styles = arm_styles({arm: "" for _, labels in runs.values() for arm in labels})
-    lines = []
-    for k, (name, (by_arm, labels)) in enumerate(runs.items()):
-        for arm, label in labels.items():
-            told = f"{_shorten(name)}, {_shorten(label)}"
-            lines.append((by_arm[arm], {**styles[arm], "color": f"C{k % 10}", "label": told}))
-    return _draw_curves(lines, columns=2)
-
-
-def add_legend(figure: Figure, columns: int = 4) -> None:
-    """What the lines are: in each panel, or of more than two below all of them."""
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    if len(labels) > 2:
-        figure.set_figheight(figure.get_figheight() + 0.25 * math.ceil(len(labels) / columns))
-        below: dict[str, Any] = {"loc": "outside lower center", "ncols": columns}
-        figure.legend(handles, labels, handlelength=3.5, **below)
-        return
-    for axes in figure.axes:
-        axes.legend()
-
-
-def _shorten(name: str, most: int = 40) -> str:
-    """A name as pictures can hold it."""
-    shown = name.encode(errors="replace").decode()
-    shown = shown if len(shown) <= most else f"…{shown[1 - most :]}"
-    return shown.replace("$", r"\$")  # which would begin a formula
-
-
-def _draw_curves(
-    lines: Sequence[tuple[Mapping[str, np.ndarray], Style]], columns: int = 4
-) -> Figure:
     figure, row = panels([title for _, title, _ in PANELS], width=4, height=4)
     for axes, (metric, _, unit) in zip(row, PANELS, strict=True):
         scale = 100 if metric.endswith("accuracy") else 1
-        for by_metric, style in lines:
-            values = scale * by_metric[metric].T
+        for arm, style in styles.items():
+            values = scale * by_arm[arm][metric].T
             draw_band(axes, style, np.arange(1, values.shape[1] + 1), values)
-        if scale == 1 and any((by_metric[metric] > 0).any() for by_metric, _ in lines):
+        if scale == 1 and any((by_arm[arm][metric] > 0).any() for arm in styles):
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
@@ -143,11 +93,41 @@ def _draw_curves(
     return figure
 
 
+def overlay(runs: Mapping[str, Run]) -> Figure:
+    """The same curves of runs by name: a colour for each run, dash and marker for each arm."""
+    of_arms = arm_styles({arm: "" for run in runs.values() for arm in run.arms})
+    lines, styles = {}, {}
+    for k, (name, run) in enumerate(runs.items()):
+        for arm, label in run.labels.items():
+            told = f"{_shorten(name)}, {_shorten(label)}"
+            lines[name, arm] = run.metrics[arm]
+            styles[name, arm] = {**of_arms[arm], "color": f"C{k % 10}", "label": told}
+    return curves(lines, styles, columns=2)
+
+
+def add_legend(figure: Figure, columns: int = 4) -> None:
+    """What the lines are: in each panel, or of more than two below all of them."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if len(labels) > 2:
+        figure.set_figheight(figure.get_figheight() + 0.25 * math.ceil(len(labels) / columns))
+        place: Any = "outside lower center"  # which matplotlib's types do not know
+        figure.legend(handles, labels, handlelength=3.5, loc=place, ncols=columns)
+    else:
+        for axes in figure.axes:
+            axes.legend()
+
+
+def _shorten(name: str, most: int = 40) -> str:
+    """A name as pictures can hold it."""
+    shown = name.encode(errors="replace").decode()
+    shown = shown if len(shown) <= most else f"…{shown[1 - most :]}"
+    return shown.replace("$", r"\$")  # which would begin a formula
+
+
 def draw_band(axes: Axes, style: Style, x: ArrayLike, values: ArrayLike, **changes: Any) -> None:
     """An arm's mean over replicates within its 95 % confidence interval.
 
     Args:
-        axes: where to draw.
         style: of `arm_styles`; `changes` are what differs from it.
         x: `[N]`.
         values: `[R, N]`.
@@ -226,21 +206,21 @@ def train_eval_mode(numbers: Mapping[str, Any]) -> Figure:
         numbers: as its `lesson` returns them.
     """
     dropout, alone, groups = numbers["dropout"], numbers["alone"], numbers["groups"]
+    votes = dropout["torn_votes"]
+    settled = [sum(votes) * (k == dropout["torn_evaluation"]) for k in range(len(votes))]
     torn = f"Dropout: one {dropout['torn_label']} in many calls"
     titles = [torn, "Each test image fed twice", "Judged by their company"]
     figure, (calls, twice, company) = panels(titles, width=4, height=4)
     training: Style = {"color": "#7b3f98", "label": "training mode"}
     evaluation: Style = {"color": "#1b7f5c", "label": "evaluation mode"}
-    settled = np.eye(10)[dropout["torn_evaluation"]] * sum(dropout["torn_votes"])
+    frame = {**evaluation, "edgecolor": evaluation["color"], "fill": False}
     for axes, counts, evaluated in (
-        (calls, dropout["torn_votes"], settled),
+        (calls, votes, settled),
         (twice, alone["twice"], alone["evaluation"]),
     ):
-        axes.bar(range(10), counts, width=0.5, **training)
-        axes.bar(
-            range(10), evaluated, width=0.9, fill=False, edgecolor=evaluation["color"], **evaluation
-        )
-        axes.set(xticks=range(10), xlabel="predicted class", ylabel="predictions")
+        axes.bar(range(len(counts)), counts, width=0.5, **training)
+        axes.bar(range(len(counts)), evaluated, width=0.9, **frame)
+        axes.set(xticks=range(len(counts)), xlabel="predicted class", ylabel="predictions")
         count_by_ones(axes.yaxis)
     sizes = ["1, twice", *map(str, groups["training"])]
     accuracies = [alone["accuracy"], *(one["accuracy"] for one in groups["training"].values())]

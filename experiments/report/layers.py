@@ -33,42 +33,36 @@ def percentiles(epochs: Sequence[Probes], styles: Styles, replicate: int = 0) ->
         styles: of `figures.arm_styles`, here and below; its arms are drawn, in a row each.
         replicate: which one is drawn.
     """
-    by_arm = {
-        arm: np.stack([probes[f"{arm}/percentiles"][replicate] for probes in epochs])
-        for arm in styles
-    }  # [epochs, D, P]
-    figure, rows = _panels([len(values[0]) for values in by_arm.values()], "epoch", sharey="col")
+    depths = {arm: epochs[0][f"{arm}/percentiles"].shape[1] for arm in styles}
+    figure, panels = _panels(depths, "epoch", sharey="col")
     numbers = np.arange(1, len(epochs) + 1)
-    for row, (arm, style) in zip(rows, styles.items(), strict=True):
-        color = style["color"]
-        for layer, axes in row.items():
-            low, lower, middle, upper, high = by_arm[arm][:, layer].T
-            axes.fill_between(numbers, low, high, color=color, alpha=0.15, linewidth=0)
-            axes.fill_between(numbers, lower, upper, color=color, alpha=0.3, linewidth=0)
-            axes.plot(numbers, middle, color=color, marker=style["marker"], markersize=3)
-            figures.count_by_ones(axes.xaxis)
-            axes.grid()
-        _name_row(row, f"{style['label']}\nvalue")
+    for axes, arm, layer in panels:
+        spreads = [probes[f"{arm}/percentiles"][replicate, layer] for probes in epochs]
+        low, lower, middle, upper, high = np.transpose(spreads)
+        color, marker = styles[arm]["color"], styles[arm]["marker"]
+        axes.fill_between(numbers, low, high, color=color, alpha=0.15, linewidth=0)
+        axes.fill_between(numbers, lower, upper, color=color, alpha=0.3, linewidth=0)
+        axes.plot(numbers, middle, color=color, marker=marker, markersize=3)
+        axes.set_ylabel("" if layer else f"{styles[arm]['label']}\nvalue")
+        axes.grid()
+        figures.count_by_ones(axes.xaxis)
     return figure
 
 
 @our_style
 def histograms(first: Probes, last: Probes, styles: Styles, replicate: int = 0) -> Figure:
     """The values that enter the activations after the first epoch, dotted, and after the last."""
-    depths = [last[f"{arm}/histograms"].shape[1] for arm in styles]
-    figure, rows = _panels(depths, "value", sharex="col")
-    for row, (arm, style) in zip(rows, styles.items(), strict=True):
-        for layer, axes in row.items():
-            for probes, line in ((first, {"linestyle": ":"}), (last, {"linewidth": 1.8})):
-                counts, edges = (
-                    probes[f"{arm}/{name}"][replicate, layer] for name in ("histograms", "edges")
-                )
-                if np.isfinite(edges).all() and edges[-1] > edges[0]:
-                    density = counts / counts.sum() / np.diff(edges)
-                    axes.stairs(density, edges, color=style["color"], **line)
-            axes.set_yticks([])
-            axes.spines["left"].set_visible(False)
-        _name_row(row, style["label"])
+    depths = {arm: last[f"{arm}/histograms"].shape[1] for arm in styles}
+    figure, panels = _panels(depths, "value", sharex="col")
+    for axes, arm, layer in panels:
+        for probes, line in ((first, {"linestyle": ":"}), (last, {"linewidth": 1.8})):
+            counts = probes[f"{arm}/histograms"][replicate, layer]
+            edges = probes[f"{arm}/edges"][replicate, layer]
+            if np.isfinite(edges).all() and edges[-1] > edges[0]:
+                density = counts / counts.sum() / np.diff(edges)
+                axes.stairs(density, edges, color=styles[arm]["color"], **line)
+        axes.set(ylabel="" if layer else styles[arm]["label"], yticks=[])
+        axes.spines["left"].set_visible(False)
     return figure
 
 
@@ -104,52 +98,44 @@ def statistics(end: Probes, styles: Styles) -> Figure:
     Arms that have running statistics get two rows each.
     """
     names = {arm: layers for arm in styles if (layers := running_layers(end, arm))}
-    kinds = [(arm, what) for arm in names for what in ("mean", "var")]
-    figure, rows = _panels([len(names[arm]) for arm, _ in kinds], "training set")
-    for (arm, what), row in zip(kinds, rows, strict=True):
-        for layer, axes in row.items():
-            whole, running = (
-                end[f"{arm}/{kind}/{names[arm][layer]}/{what}"]
-                for kind in ("population", "running")
-            )
-            if what == "var":
-                whole, running = np.sqrt(whole), np.sqrt(running)
-            axes.axline((float(whole[0]), float(whole[0])), slope=1, color="gray", linewidth=0.8)
-            axes.plot(whole, running, ".", color=styles[arm]["color"], alpha=0.7)
-        told = f"running {'mean' if what == 'mean' else 'deviation'}"
-        _name_row(row, f"{styles[arm]['label']}\n{told}" if len(names) > 1 else told)
+    rows = {(arm, what): len(names[arm]) for arm in names for what in ("mean", "var")}
+    figure, panels = _panels(rows, "training set")
+    for axes, (arm, what), layer in panels:
+        place = f"{names[arm][layer]}/{what}"
+        whole, running = (end[f"{arm}/{of}/{place}"] for of in ("population", "running"))
+        told = "running mean"
+        if what == "var":
+            whole, running, told = np.sqrt(whole), np.sqrt(running), "running deviation"
+        axes.axline((float(whole[0]), float(whole[0])), slope=1, color="gray", linewidth=0.8)
+        axes.plot(whole, running, ".", color=styles[arm]["color"], alpha=0.7)
+        told = f"{styles[arm]['label']}\n" * (len(names) > 1) + told
+        axes.set_ylabel("" if layer else told)
     return figure
 
 
 def _panels(
-    depths: Sequence[int], below: str, **share: Any
-) -> tuple[Figure, list[dict[int, Axes]]]:
-    """A row of panels for each network of that many layers: `{layer: panel}` of those drawn.
+    depths: Mapping[Any, int], below: str, **share: Any
+) -> tuple[Figure, list[tuple[Axes, Any, int]]]:
+    """A row of panels for each key of `{row: layers}`: axes, row and layer of those that are drawn.
 
     Fixed margins are drawn twice as fast as found ones.
     """
-    chosen = [choose_layers(depth) for depth in depths]
-    columns = max(map(len, chosen))
-    width, height = 2.6 * columns + 0.8, 2.2 * len(depths) + 0.6
+    rows = [(row, choose_layers(depth)) for row, depth in depths.items()]
+    columns = max(len(chosen) for _, chosen in rows)
+    width, height = 2.6 * columns + 0.8, 2.2 * len(rows) + 0.6
     margins = {"left": 1 / width, "right": 1 - 0.15 / width}
-    margins |= {"bottom": 0.5 / height, "top": 1 - 0.35 / height}
+    margins |= {"bottom": 0.5 / height, "top": 1 - 0.35 / height, "wspace": 0.25, "hspace": 0.2}
     figure = Figure(figsize=(width, height))
-    figure.subplots_adjust(**margins, wspace=0.25, hspace=0.2)
-    grid = figure.subplots(len(depths), columns, squeeze=False, **share)
-    for axes in grid.flat:
-        axes.tick_params(labelbottom=True)
-        axes.set_visible(False)
-    rows = [dict(zip(layers, row, strict=False)) for row, layers in zip(grid, chosen, strict=True)]
-    for row, above in zip(rows, [{}, *rows], strict=False):
-        for layer, axes in row.items():
-            axes.set_visible(True)
-            if row.keys() != above.keys():
-                axes.set_title(f"layer {layer + 1}", loc="left", fontweight="bold")
-    for axes in rows[-1].values():
-        axes.set_xlabel(below)
-    return figure, rows
-
-
-def _name_row(row: Mapping[int, Axes], name: str) -> None:
-    if row:
-        row[0].set_ylabel(name, fontweight="bold")
+    grid = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw=margins, **share)
+    panels = []
+    for (k, column), axes in np.ndenumerate(grid):
+        row, chosen = rows[k]
+        axes.set_visible(column < len(chosen))
+        if column < len(chosen):
+            if k == 0 or chosen != rows[k - 1][1]:
+                axes.set_title(f"layer {chosen[column] + 1}", loc="left", fontweight="bold")
+            axes.set_xlabel(below if k == len(rows) - 1 else "")
+            axes.yaxis.label.set_fontweight("bold")
+            axes.tick_params(labelbottom=True)
+            panels.append((axes, row, chosen[column]))
+    return figure, panels

@@ -1,16 +1,11 @@
 """Pages: one HTML file each, with everything inside."""
 
 import base64
-from collections.abc import Mapping
 from typing import Any
 
 import jinja2
 
-
-def is_replaced(config: Mapping[str, Any]) -> bool:
-    """Whether the embedded digits took the place of MNIST."""
-    dataset = config["dataset"]
-    return (dataset["name"], dataset["requested"]) == ("digits", "auto")
+from experiments.lab import console, options
 
 
 def render(template: str, **values: Any) -> str:
@@ -22,7 +17,14 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["is_replaced"] = is_replaced
+    environment.globals |= {
+        "certainty": console.format_certainty,
+        "final": console.format_final,
+        "format": console.format_summary,
+        "one_replicate": console.ONE_REPLICATE,
+        "repeat": options.repeat,
+        "shown": console.SHOWN,
+    }
     return environment.get_template(template).render(**values)
 
 

@@ -12,24 +12,22 @@ from experiments.report.page import png_uri
 CLASSES = 10
 
 
-def confusions(end: Probes, arms: Sequence[str]) -> dict[str, np.ndarray]:
-    """`{arm: [10, 11]}`, how many test examples of a class (row) are taken for a class (column).
+def confusion(end: Probes, arm: str) -> np.ndarray:
+    """`[10, 11]`, how many test examples of a class (row) are taken for a class (column).
 
     The last column is of all other outputs: a network may have more than there are classes.
 
     Args:
         end: probes of the end.
-        arms: of whom.
+        arm: of which network.
 
     Example:
         >>> end = {"labels": np.array([0, 0, 1]), "bn/predictions": np.array([0, 1, 300])}
-        >>> confusions(end, ["bn"])["bn"][:2, [0, 1, 10]].tolist()
+        >>> confusion(end, "bn")[:2, [0, 1, 10]].tolist()
         [[1, 1, 0], [0, 0, 1]]
     """
-    counts = {arm: np.zeros((CLASSES, CLASSES + 1), int) for arm in arms}
-    for arm in arms:
-        taken = np.minimum(end[f"{arm}/predictions"], CLASSES)
-        np.add.at(counts[arm], (end["labels"], taken), 1)
+    counts = np.zeros((CLASSES, CLASSES + 1), int)
+    np.add.at(counts, (end["labels"], np.minimum(end[f"{arm}/predictions"], CLASSES)), 1)
     return counts
 
 

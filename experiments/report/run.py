@@ -2,7 +2,7 @@
 
 import shlex
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bnjax.errors import CheckpointError, shorten
-from experiments.lab import console, divergences, metrics, options, presets, rundir
+from bnjax.statistics import summarize
+from experiments.lab import divergences, metrics, presets, rundir
 from experiments.lab.run import Run
 from experiments.report import figures, layers, predictions, words
-from experiments.report.figures import Probes, Styles
+from experiments.report.figures import Probes, Styles, features_of
 from experiments.report.page import png_uri, render, svg_uri
 
 
@@ -39,10 +40,11 @@ class Parts:
             self.missing.append(what + again * (name == "end"))
         return found
 
-    def draw(self, what: str, make: Callable[[], Any]) -> None:
-        """Adds what `make` returns, unless it fails; damaged files are an error."""
+    def draw(self, what: str, needed: Iterable[Any], make: Callable[[], Any]) -> None:
+        """Adds what `make` returns where all `needed` is there; only damaged files are an error."""
         try:
-            self.drawn[what] = make()
+            if all(needed):
+                self.drawn[what] = make()
         except (CheckpointError, rundir.WriteError):
             raise
         except Exception as error:
@@ -78,7 +80,7 @@ def redraw(path: Path, *, ended: bool = False) -> dict[str, Any]:
     parts = Parts(run)
     styles = figures.arm_styles(run.labels)
     names = words.phrases(run.labels, run.titles)
-    inside = look_inside(run, parts, styles, names)
+    inside = look_inside(run, parts, styles)
 
     def draw_curves() -> str:
         figure = figures.curves(run.metrics, styles)
@@ -87,23 +89,16 @@ def redraw(path: Path, *, ended: bool = False) -> dict[str, Any]:
         rundir.write_bytes(path / "curves.svg", svg)
         return svg_uri(svg)
 
-    parts.draw("the curves", draw_curves)
+    parts.draw("the curves", (), draw_curves)
     html = render(
         "page.html.j2",
-        certainty=console.format_certainty,
-        command=options.repeat(run.config),
         config=run.config,
         divergences=[divergences.describe(mark, run.labels) for mark in summary["divergences"]],
-        drawn=parts.drawn,
-        final=console.format_final,
-        format=console.format_summary,
         headline=words.headline(summary, run.labels, run.titles),
         inside=inside,
-        losses=words.losses(summary, names),
-        missing=parts.missing,
         names=names,
         notebook=presets.NOTEBOOKS[experiment.preset],
-        one_replicate=console.ONE_REPLICATE,
+        parts=parts,
         run=run,
         seconds=float(np.median([line["seconds"] for line in run.lines])),
         summary=summary,
@@ -115,7 +110,7 @@ def redraw(path: Path, *, ended: bool = False) -> dict[str, Any]:
     return summary
 
 
-def look_inside(run: Run, parts: Parts, styles: Styles, names: Mapping[str, str]) -> dict[str, Any]:
+def look_inside(run: Run, parts: Parts, styles: Styles) -> dict[str, Any]:
     """What the page shows of a replicate in which most networks were finite to the end.
 
     Those that diverged in it are left out. Writes `features.png`.
@@ -123,76 +118,70 @@ def look_inside(run: Run, parts: Parts, styles: Styles, names: Mapping[str, str]
     replicate = metrics.replicate_to_look_into(run.metrics)
     if replicate is None:
         return {}
-    lasting = [
-        arm for arm in run.arms if np.isfinite(run.metrics[arm]["train_cost"][-1, replicate])
-    ]
-    styles = {arm: styles[arm] for arm in lasting}
-    names = {arm: names[arm] for arm in lasting}
+    arms = [arm for arm in run.arms if np.isfinite(run.metrics[arm]["train_cost"][-1, replicate])]
+    styles = {arm: styles[arm] for arm in arms}
     example, end = parts.read("example"), parts.read("end")
     epochs = [parts.read(f"epoch-{k:03}") for k in range(1, run.epochs + 1)]
-    first, last = epochs[0], epochs[-1]
+    first, last = ends = epochs[0], epochs[-1]
+    normalized = [arm for arm in arms if layers.running_layers(end, arm)]
     label = int(example["label"]) if example else 0
+    depth = max(last[f"{arm}/percentiles"].shape[1] for arm in arms) if last else 0
 
-    def draw_features() -> dict[str, str]:
+    def draw_features() -> dict[str, Any]:
         figure = figures.features(example["image"], label, last, styles, replicate)
         png = figures.to_png(figure)
         rundir.write_bytes(run.path / "features.png", png)
-        return {"uri": png_uri(png), "told": words.features(last, names, replicate)}
+        zeros = {arm: [np.mean(x == 0) for x in features_of(last, arm, replicate)] for arm in arms}
+        return {"uri": png_uri(png), "told": zeros}
 
-    if example and last:
-        parts.draw("the digit through the layers", draw_features)
-    if all(epochs):
-        parts.draw(
-            "the activations over the epochs",
-            lambda: _picture(
-                layers.percentiles(epochs, styles, replicate),
-                words.activations(last, names, replicate),
-            ),
-        )
-    if first and last:
-        parts.draw(
-            "the histograms of the activations",
-            lambda: _picture(layers.histograms(first, last, styles, replicate)),
-        )
-        parts.draw(
-            "the gradients",
-            lambda: _picture(
-                layers.gradient_norms(first, last, styles), words.gradients(last, names)
-            ),
-        )
-    normalized = [names[arm] for arm in lasting if layers.running_layers(end, arm)]
-    if normalized:
-        parts.draw(
-            "the running statistics",
-            lambda: _picture(layers.statistics(end, styles), words.statistics(end, names)),
-        )
-    if end:
-        parts.draw("the predictions", lambda: tabulate(end, run, names))
+    def draw_activations() -> dict[str, Any]:
+        spreads = {arm: last[f"{arm}/percentiles"][replicate, -1] for arm in arms}
+        return _picture(layers.percentiles(epochs, styles, replicate), spreads)
+
+    def draw_histograms() -> dict[str, Any]:
+        return _picture(layers.histograms(first, last, styles, replicate), {})
+
+    def draw_gradients() -> dict[str, Any]:
+        norms = {arm: last[f"{arm}/gradient_norms"].T for arm in arms}
+        means = {arm: [summarize(layer).mean for layer in norms[arm]] for arm in arms}
+        return _picture(layers.gradient_norms(first, last, styles), means)
+
+    def draw_statistics() -> dict[str, Any]:
+        told = {arm: words.statistics(end, arm) for arm in normalized}
+        return _picture(layers.statistics(end, styles), told)
+
+    parts.draw("the digit through the layers", (example, last), draw_features)
+    parts.draw("the activations over the epochs", epochs, draw_activations)
+    parts.draw("the histograms of the activations", ends, draw_histograms)
+    parts.draw("the gradients", ends, draw_gradients)
+    parts.draw("the running statistics", [normalized], draw_statistics)
+    parts.draw("the predictions", [end], lambda: tabulate(end, run, arms))
     return {
-        "choice": words.choice(last, names) if last else "",
+        "arms": arms,
+        "chosen": layers.choose_layers(depth),
+        "depth": depth,
         "label": label,
-        "names": names,
         "normalized": normalized,
         "replicate": replicate,
     }
 
 
-def tabulate(end: Probes, run: Run, names: Mapping[str, str]) -> dict[str, Any]:
-    """What the networks of these names say of the test set.
+def tabulate(end: Probes, run: Run, arms: Sequence[str]) -> dict[str, Any]:
+    """What the networks of these arms say of the test set.
 
     Who alone was right is known only where none is left out.
     """
-    arms, whole = list(names), len(names) == len(run.arms)
-    counts = predictions.confusions(end, arms)
+    counts = {arm: predictions.confusion(end, arm) for arm in arms}
+    whole = len(arms) == len(run.arms)
     others = any(of_arm[:, -1].any() for of_arm in counts.values())
     return {
         "classes": [*map(str, range(predictions.CLASSES)), *["other"] * others],
         "confusions": counts,
-        "mistakes": words.mistakes(counts, names),
+        "mistakes": {arm: words.mistakes(of_arm) for arm, of_arm in counts.items()},
         "most_mistakes": max(1, *(predictions.mistakes(c).max() for c in counts.values())),
         "disagreements": predictions.disagreements(end, arms, run.reference) if whole else {},
     }
 
 
-def _picture(figure: Figure, told: str = "") -> dict[str, str]:
+def _picture(figure: Figure, told: Mapping[str, Any]) -> dict[str, Any]:
     return {"uri": svg_uri(figures.to_svg(figure)), "told": told}
