@@ -52,7 +52,7 @@ class Parts:
             self.missing.append(f"{what} ({shorten(error)}): {again}")
 
 
-def redraw(path: Path, *, ended: bool = False) -> dict[str, Any]:
+def redraw(path: Path, *, ended: bool = False) -> None:
     """Writes `summary.json`, the pictures and `report.html` of a run that has ended.
 
     A part that cannot be drawn or was not recorded costs a `ReportWarning` and a line on the page.
@@ -60,9 +60,6 @@ def redraw(path: Path, *, ended: bool = False) -> dict[str, Any]:
     Args:
         path: a run directory with `config.json`, `metrics.jsonl` and `probes`.
         ended: known to have ended, whatever could not be recorded at the end.
-
-    Returns:
-        The summary.
 
     Raises:
         ValueError: if the run has not ended, or files are damaged.
@@ -107,7 +104,6 @@ def redraw(path: Path, *, ended: bool = False) -> dict[str, Any]:
     for part in parts.missing:
         warnings.warn(f"the report lacks {part}", rundir.ReportWarning, stacklevel=2)
     rundir.write_json(path / "summary.json", summary)
-    return summary
 
 
 def look_inside(run: Run, parts: Parts, styles: Styles) -> dict[str, Any]:
