@@ -173,18 +173,12 @@ def fold(
     """
     kernel = jnp.asarray(kernel)
     _check_arguments("kernel", kernel, stats, bias=bias, scale=scale, offset=offset)
-    dtype = statistics_dtype(kernel)
-    factor = 1 / jnp.sqrt(stats.var.astype(dtype) + as_scalar(epsilon, dtype))
-    if scale is not None:
-        factor = scale.astype(dtype) * factor
-    shift = -stats.mean.astype(dtype)
-    if bias is not None:
-        shift = bias.astype(dtype) + shift
-    shift = shift * factor
-    if offset is not None:
-        shift = shift + offset.astype(dtype)
-    folded = _rows(kernel, dtype) * factor[None]
-    return folded.reshape(kernel.shape).astype(kernel.dtype), shift.astype(kernel.dtype)
+    zeros = jnp.zeros(kernel.shape[-1], statistics_dtype(kernel))
+    row = (zeros if bias is None else bias.astype(zeros.dtype))[None]
+    shifted = batch_norm_eval(row, scale, offset, stats, epsilon=epsilon)[0]
+    stats = stats._replace(mean=zeros)
+    kernel = batch_norm_eval(kernel, scale, None, stats, epsilon=epsilon)
+    return kernel, shifted.astype(kernel.dtype)
 
 
 def as_scalar(value: float | Array, dtype: jnp.dtype) -> float | Array:

@@ -134,7 +134,10 @@ class BatchNorm(nn.Module):
                 if counted:
                     batches = jnp.asarray(x.shape[0] // size if size else 1, jnp.int32)
                     count.value = count.value + batches if updated.count is None else updated.count
-        return _features_back(y[0] if single else y, self.axis, shape).astype(dtype)
+        y = y[0] if single else y
+        y = y.reshape(*y.shape[:-1], *shape)
+        axes = sorted(normalize_axis_tuple(self.axis, y.ndim))
+        return jnp.moveaxis(y, range(-len(shape), 0), axes).astype(dtype)
 
     def _param(self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> Array:
         return self.param(name, init, shape, self.param_dtype).ravel()
@@ -156,26 +159,13 @@ class BatchNorm(nn.Module):
         return train if size is None else virtual_batches(train, size)
 
 
-def normalizes(context: Any) -> bool:
-    """Whether the call that `nn.intercept_methods` shows is that of a batch normalization."""
-    layers = BatchNorm | nn.BatchNorm
-    return context.method_name == "__call__" and isinstance(context.module, layers)
-
-
 def features_last(
     x: Array, axis: int | Sequence[int], mask: Array | None = None
 ) -> tuple[Array, Array | None, tuple[int, ...]]:
-    """Brings features to the end, as one axis.
-
-    Takes `x`, its feature axis or axes and a mask as `BatchNorm` does.
+    """Brings features to the end, as one axis, of `x` and a mask as `BatchNorm` takes them.
 
     Returns:
         `x` as `[N, ..., C]`, the mask as `[N, ...]`, and the shape of the features, of product C.
-
-    Example:
-        >>> x, _, shape = features_last(jnp.zeros((5, 2, 3, 4)), axis=(1, -1))
-        >>> x.shape, shape
-        ((5, 3, 8), (2, 4))
     """
     axes = sorted(normalize_axis_tuple(axis, x.ndim))
     shape = tuple(x.shape[a] for a in axes)
@@ -184,8 +174,3 @@ def features_last(
         mask = jnp.broadcast_to(mask, samples).squeeze(tuple(axes))
     x = jnp.moveaxis(x, axes, range(-len(axes), 0))
     return x.reshape(*x.shape[: -len(axes)], math.prod(shape)), mask, shape
-
-
-def _features_back(y: Array, axis: int | Sequence[int], shape: tuple[int, ...]) -> Array:
-    y = y.reshape(*y.shape[:-1], *shape)
-    return jnp.moveaxis(y, range(-len(shape), 0), sorted(normalize_axis_tuple(axis, y.ndim)))

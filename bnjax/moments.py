@@ -27,12 +27,7 @@ class Moments(NamedTuple):
 
 
 def statistics_dtype(x: Array) -> jnp.dtype:
-    """The dtype of the statistics of `x`: float64 for float64 input, else float32.
-
-    Example:
-        >>> print(statistics_dtype(jnp.zeros(3, jnp.bfloat16)))
-        float32
-    """
+    """The dtype of the statistics of `x`: float64 for float64 input, else float32."""
     return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
@@ -43,9 +38,6 @@ def check_sample_count(x: Array, axis_name: str | None = None) -> None:
 
     Raises:
         ValueError: naming their number, the shape and the remedies.
-
-    Example:
-        >>> check_sample_count(jnp.zeros((1, 4, 4, 3)))  # sixteen
     """
     devices = 1 if axis_name is None else lax.axis_size(axis_name)
     samples = devices * math.prod(x.shape[:-1])

@@ -98,13 +98,12 @@ class MeanOnlyBatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, features)
         running = self.variable("batch_stats", "mean", jnp.zeros, features, dtype)
         rows = x.astype(dtype).reshape(-1, *features)
-        untrainable = self.is_initializing() and math.prod(x.shape[:-1]) in (0, 1)
-        if self.use_running_average or untrainable:
+        if self.use_running_average:
             rows = rows - running.value.astype(dtype)[None]
         else:
-            check_sample_count(x)
             rows, (mean, _, count) = centre(rows, None, None)
             if not self.is_initializing():
+                check_sample_count(x)
                 old = running.value.astype(dtype)
                 new = self.momentum * old + (1 - self.momentum) * mean
                 running.value = jnp.where(count >= 2, new, old)
@@ -164,6 +163,7 @@ def norm(name: str | Norm) -> Norm:
         return NORMS[choose("norm", name, NORMS)]
     key, least = _FAMILIES[family]
     if number < least:
-        expected = f"expected a whole number of at least {least}, as in {family}(8)"
-        raise ValueError(f"norm {name}: {expected}")
+        raise ValueError(
+            f"norm {name}: expected a whole number of at least {least}, as in {family}(8)"
+        )
     return NORMS[key](number)
