@@ -11,28 +11,20 @@ Kiros & Hinton, "Layer Normalization" (2016), section 3.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-import flax.struct
 import jax.numpy as jnp
 from jax import Array
 
 
-@flax.struct.dataclass
-class Cache:
-    """What the forward pass keeps for the backward passes.
-
-    Attributes:
-        x_centred, x_hat, std: as in `batchnorm_forward`, std `[1, D]`.
-        gamma: `[1, D]`, or `[N, 1]` in layer normalization.
-        axis: the axis that the gradients of gamma and beta are summed over.
-    """
+class Cache(NamedTuple):
+    """What the forward pass keeps for the backward passes: as in `batchnorm_forward`, with std
+    `[1, D]`, and gamma `[1, D]` or, in layer normalization, `[N, 1]`."""
 
     x_centred: Array
     x_hat: Array
     std: Array
     gamma: Array
-    axis: int = flax.struct.field(pytree_node=False)
 
 
 def batchnorm_forward(
@@ -47,11 +39,11 @@ def batchnorm_forward(
     with means over axis 0. In mode "test" the running statistics take the place of mu and var.
 
     Args:
-        x, gamma, beta: as the module says.
+        x: as the module says.
+        gamma, beta: both `[D]`, or columns `[N, 1]`, as are their gradients, without the 1.
         bn_param: `mode` ("train" or "test", required); `eps` (1e-5); `momentum` (0.9), what the
             running statistics keep of themselves; `running_mean` and `running_var` (`[D]`, from
-            zeros). With `axis` 1 instead of 0 gamma and beta are columns `[N, 1]`, over whose
-            axis 1 their gradients are summed, and nothing is tracked.
+            zeros).
 
     Returns:
         `out`; the cache for the backward passes (None in mode "test"); `bn_param` with the new
@@ -70,10 +62,9 @@ def batchnorm_forward(
         [3. 7.] [1.]
     """
     x, gamma, beta = _as_matrix(x), jnp.atleast_2d(gamma), jnp.atleast_2d(beta)
-    mode, axis = bn_param.get("mode"), bn_param.get("axis", 0)
-    expected = (1, x.shape[1]) if axis == 0 else (x.shape[0], 1)
-    if {gamma.shape, beta.shape} != {expected}:
-        raise ValueError(f"gamma and beta are {gamma.shape} and {beta.shape}: expected {expected}")
+    if gamma.shape != beta.shape or gamma.shape not in ((1, x.shape[1]), (x.shape[0], 1)):
+        raise ValueError(f"gamma and beta have shapes {gamma.shape}, {beta.shape}: x has {x.shape}")
+    mode = bn_param.get("mode")
     eps, momentum = bn_param.get("eps", 1e-5), bn_param.get("momentum", 0.9)
     running_mean = bn_param.get("running_mean", jnp.zeros(x.shape[1], x.dtype))
     running_var = bn_param.get("running_var", jnp.zeros(x.shape[1], x.dtype))
@@ -84,10 +75,9 @@ def batchnorm_forward(
         var = jnp.square(x_centred).mean(axis=0)
         std = jnp.sqrt(var + eps)[None]
         x_hat = x_centred / std
-        cache = Cache(x_centred, x_hat, std, gamma, axis)
-        if axis == 0:
-            running_mean = momentum * running_mean + (1 - momentum) * mu
-            running_var = momentum * running_var + (1 - momentum) * var
+        cache = Cache(x_centred, x_hat, std, gamma)
+        running_mean = momentum * running_mean + (1 - momentum) * mu
+        running_var = momentum * running_var + (1 - momentum) * var
     elif mode == "test":
         x_hat = (x - running_mean[None]) / jnp.sqrt(running_var + eps)[None]
         cache = None
@@ -151,7 +141,7 @@ def layernorm_forward(
 ) -> tuple[Array, Cache | None]:
     """Layer normalization: every row of `x` has mean 0 and variance 1, then gamma and beta.
 
-    It is batch normalization of the transpose, in training mode always, with `axis` 1:
+    It is batch normalization of the transpose, in training mode always:
 
         out.T = batchnorm_forward(x.T, gamma[:, None], beta[:, None])
 
@@ -164,7 +154,7 @@ def layernorm_forward(
     """
     x = _as_matrix(x)
     columns = jnp.atleast_2d(gamma).T, jnp.atleast_2d(beta).T
-    out, cache, _ = batchnorm_forward(x.T, *columns, {**ln_param, "mode": "train", "axis": 1})
+    out, cache, _ = batchnorm_forward(x.T, *columns, {**ln_param, "mode": "train"})
     return out.T, cache
 
 
@@ -192,5 +182,6 @@ def _scale_and_shift_backward(
     if cache is None:
         raise ValueError("the cache is None: expected that of a forward pass in mode 'train'")
     dout = jnp.asarray(dout)
-    dgamma = (dout * cache.x_hat).sum(axis=cache.axis)
-    return cache, dout * cache.gamma, dgamma, dout.sum(axis=cache.axis)
+    axes = tuple(axis for axis, size in enumerate(cache.gamma.shape) if size == 1)
+    dgamma, dbeta = (a.sum(axes, keepdims=True).ravel() for a in (dout * cache.x_hat, dout))
+    return cache, dout * cache.gamma, dgamma, dbeta

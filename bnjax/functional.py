@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bnjax.moments import centre, check_sample_count, statistics_dtype
+from bnjax.moments import centre, check_features, check_sample_count, statistics_dtype
 
 
 class BatchStats(NamedTuple):
@@ -105,8 +105,8 @@ def batch_norm_train(
     if valid is not None:
         y = jnp.where(valid, y, 0)
 
-    running_var = var * (count / jnp.maximum(count - 1, 1)) if ddof else var
-    before, updated = _update(stats, mean, running_var, momentum)
+    batch = BatchStats(mean, var * (count / jnp.maximum(count - 1, 1)) if ddof else var)
+    before, updated = _update(stats, batch, momentum)
     if valid is not None or not isinstance(x.size, int):
         updated = jax.tree.map(lambda new, old: jnp.where(count >= 2, new, old), updated, before)
     return y.reshape(x.shape).astype(x.dtype), updated
@@ -201,29 +201,21 @@ def _scale_and_shift(
 
 
 def _update(
-    stats: BatchStats, mean: Array, var: Array, momentum: float | None
+    stats: BatchStats, batch: BatchStats, momentum: float | None
 ) -> tuple[BatchStats, BatchStats]:
     """The running statistics before a batch, of the dtype of its own, and after it."""
-    seen = count = None
-    keep: Array | float
+    dtype = batch.mean.dtype
+    seen = jnp.zeros((), jnp.int32) if stats.count is None else stats.count
+    keep = 1 - 1 / (seen + 1).astype(dtype) if momentum is None else as_scalar(momentum, dtype)
+    before = BatchStats(stats.mean.astype(dtype), stats.var.astype(dtype))
+    after = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, before, batch)
     if momentum is None:
-        seen = jnp.zeros((), jnp.int32) if stats.count is None else stats.count
-        count = seen + 1
-        keep = 1 - 1 / count.astype(mean.dtype)
-    else:
-        keep = as_scalar(momentum, mean.dtype)
-    before = BatchStats(stats.mean.astype(mean.dtype), stats.var.astype(mean.dtype), seen)
-    new_mean = keep * before.mean + (1 - keep) * mean
-    new_var = keep * before.var + (1 - keep) * var
-    return before, BatchStats(new_mean, new_var, count)
+        return before._replace(count=seen), after._replace(count=seen + 1)
+    return before, after
 
 
 def _check_arguments(name: str, x: Array, stats: BatchStats, **vectors: Array | None) -> None:
-    if x.ndim < 2 or not x.shape[-1] or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(
-            f"{name} is {x.dtype}{list(x.shape)}: expected floating point with at least two axes, "
-            "the features last"
-        )
+    check_features(x, name)
     features = (x.shape[-1],)
     for key, value in {**vectors, "stats.mean": stats.mean, "stats.var": stats.var}.items():
         if value is not None and value.shape != features:

@@ -135,10 +135,8 @@ def fold_batch_norm(model: MLP, variables: Mapping[str, Any]) -> tuple[MLP, dict
         >>> folded.norm, sorted(variables["params"])
         (None, ['Dense_0', 'Dense_1', 'Dense_2'])
     """
-    if model.norm is None:
-        raise ValueError("the model has norm=None: there is nothing to fold")
-    if model.norm_after:
-        raise ValueError("the model normalizes after its activations: none can be folded")
+    if model.norm is None or model.norm_after:
+        raise ValueError("nothing to fold: the model does not normalize before its activations")
     norm = batch_norm_of(model.norm)
     kernel = variables["params"].get("Dense_0", {}).get("kernel", jnp.zeros((1, 1)))
     images = jax.ShapeDtypeStruct((2, kernel.shape[0]), jnp.float32)

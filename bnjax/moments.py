@@ -31,6 +31,15 @@ def statistics_dtype(x: Array) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
+def check_features(x: Array, name: str = "x") -> None:
+    """Refuses, with a `ValueError`, `x` that is no floating point `[N, ..., C]`."""
+    if x.ndim < 2 or not x.shape[-1] or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"{name} is {x.dtype}{list(x.shape)}: expected floating point with at least two axes, "
+            "the features last"
+        )
+
+
 def check_sample_count(x: Array, axis_name: str | None = None) -> None:
     """Refuses `x` `[N, ..., C]` whose shape leaves fewer than two samples per feature.
 
@@ -120,12 +129,6 @@ def merge(a: Moments, b: Moments) -> Moments:
 
     Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
     Variances" (1979).
-
-    Example:
-        >>> one, three = (Moments(jnp.array([v]), jnp.array([0.0]), jnp.array(1.0)) for v in (1, 3))
-        >>> both = merge(one, three)
-        >>> print(both.mean, both.var, both.count)
-        [2.] [1.] 2.0
     """
     count = a.count + b.count
     weight = b.count / (count + (count == 0))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from bnjax.layers import BatchNorm
-from bnjax.moments import centre, check_sample_count, statistics_dtype
+from bnjax.moments import centre, check_features, check_sample_count, statistics_dtype
 from bnjax.names import choose, split_number
 
 EPSILON = 1e-5
@@ -48,8 +48,12 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Normalizes `x`, `[N, ..., C]` floating point; a `ValueError` says if it is not."""
-        x = _check(x, self.num_groups)
+        x = jnp.asarray(x)
+        check_features(x)
         dtype, features = statistics_dtype(x), x.shape[-1:]
+        if self.num_groups < 1 or features[0] % self.num_groups:
+            told = f"expected a number that divides the {features[0]} features of x"
+            raise ValueError(f"num_groups is {self.num_groups}: {told}")
         cut = (self.num_groups, features[0] // self.num_groups)
         groups = x.astype(dtype).reshape(x.shape[0], math.prod(x.shape[1:-1]), *cut)
         mean = partial(jnp.mean, axis=(1, 3), keepdims=True)
@@ -88,12 +92,10 @@ class MeanOnlyBatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Normalizes `x`, `[N, ..., C]` floating point.
-
-        Raises:
-            ValueError: if it is not, or, but for `init`, there are too few samples to train with.
-        """
-        x = _check(x)
+        """Normalizes `x`, `[N, ..., C]` floating point; a `ValueError` says if it is not, or, but
+        for `init`, has too few samples to train with."""
+        x = jnp.asarray(x)
+        check_features(x)
         dtype, features = statistics_dtype(x), x.shape[-1:]
         bias = self.param("bias", nn.initializers.zeros, features)
         running = self.variable("batch_stats", "mean", jnp.zeros, features, dtype)
@@ -108,18 +110,6 @@ class MeanOnlyBatchNorm(nn.Module):
                 new = self.momentum * old + (1 - self.momentum) * mean
                 running.value = jnp.where(count >= 2, new, old)
         return (rows + bias.astype(dtype)[None]).reshape(x.shape).astype(x.dtype)
-
-
-def _check(x: Array, groups: int = 1) -> Array:
-    """`x` as a JAX array, if it is one that these layers normalize."""
-    x = jnp.asarray(x)
-    divided = x.ndim > 1 and groups > 0 and x.shape[-1] % groups == 0
-    if not (divided and jnp.issubdtype(x.dtype, jnp.floating)):
-        raise ValueError(
-            f"x is {x.dtype} of shape {x.shape}: expected floating point [N, ..., C] with C a "
-            f"multiple of the number of groups, {groups}"
-        )
-    return x
 
 
 def _batch(train: bool, **fields: object) -> nn.Module:
