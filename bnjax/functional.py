@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bnjax.moments import centre, check_features, check_sample_count, statistics_dtype
+from bnjax.moments import as_samples, centre, check_sample_count, statistics_dtype
 
 
 class BatchStats(NamedTuple):
@@ -25,7 +25,7 @@ class BatchStats(NamedTuple):
 
     Attributes:
         mean, var: `[C]`, float32 (float64 for float64 input); they start at 0 and 1.
-        count: `[]` int32, the number of batches seen. Used only with `momentum=None`.
+        count: `[]` int32, the number of batches seen, kept up where it is not None.
     """
 
     mean: Array
@@ -83,8 +83,7 @@ def batch_norm_train(
         >>> print(stats.mean)
         [0.2 2. ]
     """
-    x = jnp.asarray(x)
-    _check_arguments("x", x, stats, scale=scale, bias=bias)
+    x = _fitting("x", x, stats, scale=scale, bias=bias)
     if mask is not None:
         mask = jnp.asarray(mask)
         if mask.shape != x.shape[:-1] or mask.dtype != bool:
@@ -131,8 +130,7 @@ def batch_norm_eval(
         >>> print(batch_norm_eval(jnp.array([[6.0]]), None, None, stats, epsilon=0.0))
         [[2.]]
     """
-    x = jnp.asarray(x)
-    _check_arguments("x", x, stats, scale=scale, bias=bias)
+    x = _fitting("x", x, stats, scale=scale, bias=bias)
     dtype = statistics_dtype(x)
     centred = _rows(x, dtype) - stats.mean.astype(dtype)[None]
     y = _scale_and_shift(centred, stats.var.astype(dtype), scale, bias, epsilon)
@@ -171,8 +169,7 @@ def fold(
         >>> print(kernel, bias)
         [[1.]] [-1.5]
     """
-    kernel = jnp.asarray(kernel)
-    _check_arguments("kernel", kernel, stats, bias=bias, scale=scale, offset=offset)
+    kernel = _fitting("kernel", kernel, stats, bias=bias, scale=scale, offset=offset)
     zeros = jnp.zeros(kernel.shape[-1], statistics_dtype(kernel))
     row = (zeros if bias is None else bias.astype(zeros.dtype))[None]
     shifted = batch_norm_eval(row, scale, offset, stats, epsilon=epsilon)[0]
@@ -205,20 +202,22 @@ def _update(
 ) -> tuple[BatchStats, BatchStats]:
     """The running statistics before a batch, of the dtype of its own, and after it."""
     dtype = batch.mean.dtype
-    seen = jnp.zeros((), jnp.int32) if stats.count is None else stats.count
+    seen = jnp.zeros((), jnp.int32) if stats.count is None else jnp.asarray(stats.count)
     keep = 1 - 1 / (seen + 1).astype(dtype) if momentum is None else as_scalar(momentum, dtype)
     before = BatchStats(stats.mean.astype(dtype), stats.var.astype(dtype))
     after = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, before, batch)
-    if momentum is None:
-        return before._replace(count=seen), after._replace(count=seen + 1)
-    return before, after
+    if momentum is not None and stats.count is None:
+        return before, after
+    return before._replace(count=seen), after._replace(count=seen + 1)
 
 
-def _check_arguments(name: str, x: Array, stats: BatchStats, **vectors: Array | None) -> None:
-    check_features(x, name)
+def _fitting(name: str, x: Array, stats: BatchStats, **vectors: Array | None) -> Array:
+    """`x` as a JAX array, of which all else has the number of features."""
+    x = as_samples(x, name)
     features = (x.shape[-1],)
     for key, value in {**vectors, "stats.mean": stats.mean, "stats.var": stats.var}.items():
         if value is not None and value.shape != features:
             raise ValueError(
                 f"{key} has shape {value.shape}: {name} of shape {x.shape} needs {features}"
             )
+    return x

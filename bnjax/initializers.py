@@ -54,11 +54,8 @@ def torch_default_bias(fan_in: int) -> Initializer:
 
 
 def kernel(name: str) -> Initializer:
-    """The kernel initializer of that name: a key of `KERNELS`, or `normal(0.05)` or the like.
-
-    Raises:
-        ValueError: if there is none, with the nearest name.
-    """
+    """The kernel initializer of that name: a key of `KERNELS`, or `normal(0.05)` or the like; a
+    `ValueError` names the nearest where there is none."""
     if match := re.fullmatch(r"normal\(([^()]*)\)", name):
         try:
             std = float(match[1])

@@ -22,11 +22,10 @@ class BatchNorm(nn.Module):
 
     Variables: `params` `scale` and `bias`, `batch_stats` `mean` and `var`, each `[C]`. A Flax user
     changes the import and keeps the checkpoints. What differs: a batch's statistics are accurate at
-    any offset (Flax's default loses all digits near 1e4), a training batch with fewer than two
-    samples per feature is a `ValueError` instead of an output equal to the bias, and `ddof` chooses
-    the variance that is tracked. Without `dtype` the result has the dtype of the input, where Flax
-    promotes it with that of the parameters; float64 input has float64 statistics, integer and
-    complex input is refused; a mask says which samples count, never which features.
+    any offset (Flax's default loses all digits near 1e4); a training batch with fewer than two
+    samples per feature is a `ValueError` instead of an output equal to the bias; the result has the
+    input's dtype, where Flax promotes it with that of the parameters; float64 input has float64
+    statistics, only floating point is taken; a mask says which samples count, never which features.
 
     Attributes:
         use_running_average: True normalizes with the running statistics (evaluation), False with
@@ -36,8 +35,8 @@ class BatchNorm(nn.Module):
             is one minus this one), or None for the average over all batches; their number is then
             the variable `count` in `batch_stats`, which is kept up wherever it is found.
         epsilon: added to the variance, inside the root.
-        dtype: dtype of the result; that of the input by default.
-        param_dtype, bias_init, scale_init: dtype and initializers of scale and bias.
+        dtype, param_dtype: of the result (None: that of the input); of scale and bias.
+        bias_init, scale_init: initializers of bias and scale.
         use_bias, use_scale: whether to add a learned bias, to multiply by a learned scale.
         axis_name: mapped axis over which to share the batch statistics.
         axis_index_groups: must be None; sharing within groups of devices is not supported.
@@ -132,8 +131,7 @@ class BatchNorm(nn.Module):
             if not self.is_initializing():
                 mean.value, var.value = updated.mean.reshape(shape), updated.var.reshape(shape)
                 if counted:
-                    batches = jnp.asarray(x.shape[0] // size if size else 1, jnp.int32)
-                    count.value = count.value + batches if updated.count is None else updated.count
+                    count.value = updated.count
         y = y[0] if single else y
         y = y.reshape(*y.shape[:-1], *shape)
         axes = sorted(normalize_axis_tuple(self.axis, y.ndim))

@@ -24,11 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def activation(name: str) -> Callable[[Array], Array]:
-    """The activation function of that name, a key of `ACTIVATIONS`.
-
-    Raises:
-        ValueError: if there is none, with the nearest name.
-    """
+    """That of a name in `ACTIVATIONS`; a `ValueError` names the nearest where there is none."""
     return ACTIVATIONS[choose("activation", name, ACTIVATIONS)]
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 # Rows that are summed one after the other. Rounding errors grow with the square root of the run,
 # so longer sums are split into blocks of at most this many rows, whose sums are summed again.
@@ -31,13 +32,12 @@ def statistics_dtype(x: Array) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
-def check_features(x: Array, name: str = "x") -> None:
-    """Refuses, with a `ValueError`, `x` that is no floating point `[N, ..., C]`."""
+def as_samples(x: ArrayLike, name: str = "x") -> Array:
+    """`x` as a JAX array; a `ValueError` if it is no floating point `[N, ..., C]`."""
+    x = jnp.asarray(x)
     if x.ndim < 2 or not x.shape[-1] or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(
-            f"{name} is {x.dtype}{list(x.shape)}: expected floating point with at least two axes, "
-            "the features last"
-        )
+        raise ValueError(f"{name} is {x.dtype}{list(x.shape)}: expected floating point [N, ..., C]")
+    return x
 
 
 def check_sample_count(x: Array, axis_name: str | None = None) -> None:

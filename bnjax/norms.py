@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from bnjax.layers import BatchNorm
-from bnjax.moments import centre, check_features, check_sample_count, statistics_dtype
+from bnjax.moments import as_samples, centre, check_sample_count, statistics_dtype
 from bnjax.names import choose, split_number
 
 EPSILON = 1e-5
@@ -48,12 +48,12 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Normalizes `x`, `[N, ..., C]` floating point; a `ValueError` says if it is not."""
-        x = jnp.asarray(x)
-        check_features(x)
+        x = as_samples(x)
         dtype, features = statistics_dtype(x), x.shape[-1:]
         if self.num_groups < 1 or features[0] % self.num_groups:
-            told = f"expected a number that divides the {features[0]} features of x"
-            raise ValueError(f"num_groups is {self.num_groups}: {told}")
+            raise ValueError(
+                f"num_groups is {self.num_groups}: it must divide {features[0]} features"
+            )
         cut = (self.num_groups, features[0] // self.num_groups)
         groups = x.astype(dtype).reshape(x.shape[0], math.prod(x.shape[1:-1]), *cut)
         mean = partial(jnp.mean, axis=(1, 3), keepdims=True)
@@ -78,13 +78,6 @@ class MeanOnlyBatchNorm(nn.Module):
         momentum: what the running mean keeps of itself at each batch.
 
     Source: Salimans & Kingma, "Weight normalization" (2016), section 4.
-
-    Example:
-        >>> import jax
-        >>> layer = MeanOnlyBatchNorm(use_running_average=False)
-        >>> y, _ = layer.init_with_output(jax.random.key(0), jnp.array([[1.0], [3.0]]))
-        >>> print(y.ravel())
-        [-1.  1.]
     """
 
     use_running_average: bool
@@ -94,8 +87,7 @@ class MeanOnlyBatchNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Normalizes `x`, `[N, ..., C]` floating point; a `ValueError` says if it is not, or, but
         for `init`, has too few samples to train with."""
-        x = jnp.asarray(x)
-        check_features(x)
+        x = as_samples(x)
         dtype, features = statistics_dtype(x), x.shape[-1:]
         bias = self.param("bias", nn.initializers.zeros, features)
         running = self.variable("batch_stats", "mean", jnp.zeros, features, dtype)
@@ -135,9 +127,7 @@ _FAMILIES = {"ghost": ("ghost(SIZE)", 2), "group": ("group(GROUPS)", 1)}
 
 
 def norm(name: str | Norm) -> Norm:
-    """The normalization of that name, a key of `NORMS` such as `"batch"` or `"group(8)"`.
-
-    What is no name is given back.
+    """The normalization of that name, as `"batch"` or `"group(8)"`; what is no name is given back.
 
     Raises:
         ValueError: if there is none, with the nearest name, or its number is none or too small.

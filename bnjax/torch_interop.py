@@ -130,14 +130,11 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
         ['0.weight', '0.bias', '1.weight', '1.bias']
     """
     given = flatten_dict({name: variables.get(name, {}) for name in ("params", "batch_stats")})
-    layers = {path[1] for path in given}
-    depth = sum(layer.startswith("Dense_") for layer in layers)
+    depth = len({path[1] for path in given if path[1].startswith("Dense_")})
     normalized = [path[-1] for path in given if path[1].startswith("BatchNorm_")]
     slots = _slots([0] * depth, normalized or None)
     expected = {slot[leaf][0]: name + leaf for name, slot in slots.items() for leaf in slot}
-    for path in expected:
-        if path[-1] == "count":
-            given.setdefault(path, 0)
+    given = {path: 0 for path in expected if path[-1] == "count"} | given
     wrong = set(given) ^ set(expected)
     if wrong or not depth:
         told = ", ".join(sorted("/".join(path) for path in wrong)) or "there is no Dense_0"
