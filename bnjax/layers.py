@@ -120,9 +120,8 @@ class BatchNorm(nn.Module):
             count: Any = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
             stats = stats._replace(count=count.value)
 
-        size = self.virtual_batch_size
         untrainable = self.is_initializing() and (
-            math.prod(x.shape[:-1]) in (0, 1) or x.shape[0] % (size or 1) != 0
+            math.prod(x.shape[:-1]) in (0, 1) or x.shape[0] % (self.virtual_batch_size or 1) != 0
         )
         if use_running_average or untrainable:
             y = batch_norm_eval(x, scale, bias, stats, epsilon=self.epsilon)

@@ -150,8 +150,8 @@ def fold_batch_norm(model: MLP, variables: Mapping[str, Any]) -> tuple[MLP, dict
     folded = {name: dense for name, dense in params.items() if name.startswith("Dense_")}
     for k in range(len(model.hidden_sizes)):
         name = norm.name or f"{type(norm).__name__}_{k}"
-        dense, affine = folded[f"Dense_{k}"], params.get(name, {})
-        affine = {"scale": affine.get("scale"), "offset": affine.get("bias")}
+        dense, learned = folded[f"Dense_{k}"], params.get(name, {})
+        affine = {"scale": learned.get("scale"), "offset": learned.get("bias")}
         running = BatchStats(**stats[name])
         kernel, bias = fold(**dense, **affine, stats=running, epsilon=norm.epsilon)
         folded[f"Dense_{k}"] = {"kernel": kernel, "bias": bias}

@@ -52,7 +52,7 @@ class GroupNorm(nn.Module):
         dtype, features = statistics_dtype(x), x.shape[-1:]
         if self.num_groups < 1 or features[0] % self.num_groups:
             raise ValueError(
-                f"num_groups is {self.num_groups}: it must divide {features[0]} features"
+                f"num_groups is {self.num_groups}: expected a divisor of the {features[0]} features"
             )
         cut = (self.num_groups, features[0] // self.num_groups)
         groups = x.astype(dtype).reshape(x.shape[0], math.prod(x.shape[1:-1]), *cut)
