@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bnjax.moments import centre, check_sample_count, statistics_dtype
+from bnjax.moments import as_samples, centre, check_sample_count, statistics_dtype
 
 
 class BatchStats(NamedTuple):
@@ -25,7 +25,7 @@ class BatchStats(NamedTuple):
 
     Attributes:
         mean, var: `[C]`, float32 (float64 for float64 input); they start at 0 and 1.
-        count: `[]` int32, the number of batches seen. Used only with `momentum=None`.
+        count: `[]` int32, the number of batches seen, kept up where it is not None.
     """
 
     mean: Array
@@ -83,8 +83,7 @@ def batch_norm_train(
         >>> print(stats.mean)
         [0.2 2. ]
     """
-    x = jnp.asarray(x)
-    _check_arguments("x", x, stats, scale=scale, bias=bias)
+    x = _fitting("x", x, stats, scale=scale, bias=bias)
     if mask is not None:
         mask = jnp.asarray(mask)
         if mask.shape != x.shape[:-1] or mask.dtype != bool:
@@ -105,8 +104,8 @@ def batch_norm_train(
     if valid is not None:
         y = jnp.where(valid, y, 0)
 
-    running_var = var * (count / jnp.maximum(count - 1, 1)) if ddof else var
-    before, updated = _update(stats, mean, running_var, momentum)
+    batch = BatchStats(mean, var * (count / jnp.maximum(count - 1, 1)) if ddof else var)
+    before, updated = _update(stats, batch, momentum)
     if valid is not None or not isinstance(x.size, int):
         updated = jax.tree.map(lambda new, old: jnp.where(count >= 2, new, old), updated, before)
     return y.reshape(x.shape).astype(x.dtype), updated
@@ -131,8 +130,7 @@ def batch_norm_eval(
         >>> print(batch_norm_eval(jnp.array([[6.0]]), None, None, stats, epsilon=0.0))
         [[2.]]
     """
-    x = jnp.asarray(x)
-    _check_arguments("x", x, stats, scale=scale, bias=bias)
+    x = _fitting("x", x, stats, scale=scale, bias=bias)
     dtype = statistics_dtype(x)
     centred = _rows(x, dtype) - stats.mean.astype(dtype)[None]
     y = _scale_and_shift(centred, stats.var.astype(dtype), scale, bias, epsilon)
@@ -171,20 +169,13 @@ def fold(
         >>> print(kernel, bias)
         [[1.]] [-1.5]
     """
-    kernel = jnp.asarray(kernel)
-    _check_arguments("kernel", kernel, stats, bias=bias, scale=scale, offset=offset)
-    dtype = statistics_dtype(kernel)
-    factor = 1 / jnp.sqrt(stats.var.astype(dtype) + as_scalar(epsilon, dtype))
-    if scale is not None:
-        factor = scale.astype(dtype) * factor
-    shift = -stats.mean.astype(dtype)
-    if bias is not None:
-        shift = bias.astype(dtype) + shift
-    shift = shift * factor
-    if offset is not None:
-        shift = shift + offset.astype(dtype)
-    folded = _rows(kernel, dtype) * factor[None]
-    return folded.reshape(kernel.shape).astype(kernel.dtype), shift.astype(kernel.dtype)
+    kernel = _fitting("kernel", kernel, stats, bias=bias, scale=scale, offset=offset)
+    zeros = jnp.zeros(kernel.shape[-1], statistics_dtype(kernel))
+    row = (zeros if bias is None else bias.astype(zeros.dtype))[None]
+    shifted = batch_norm_eval(row, scale, offset, stats, epsilon=epsilon)[0]
+    stats = stats._replace(mean=zeros)
+    kernel = batch_norm_eval(kernel, scale, None, stats, epsilon=epsilon)
+    return kernel, shifted.astype(kernel.dtype)
 
 
 def as_scalar(value: float | Array, dtype: jnp.dtype) -> float | Array:
@@ -207,32 +198,26 @@ def _scale_and_shift(
 
 
 def _update(
-    stats: BatchStats, mean: Array, var: Array, momentum: float | None
+    stats: BatchStats, batch: BatchStats, momentum: float | None
 ) -> tuple[BatchStats, BatchStats]:
     """The running statistics before a batch, of the dtype of its own, and after it."""
-    seen = count = None
-    keep: Array | float
-    if momentum is None:
-        seen = jnp.zeros((), jnp.int32) if stats.count is None else stats.count
-        count = seen + 1
-        keep = 1 - 1 / count.astype(mean.dtype)
-    else:
-        keep = as_scalar(momentum, mean.dtype)
-    before = BatchStats(stats.mean.astype(mean.dtype), stats.var.astype(mean.dtype), seen)
-    new_mean = keep * before.mean + (1 - keep) * mean
-    new_var = keep * before.var + (1 - keep) * var
-    return before, BatchStats(new_mean, new_var, count)
+    dtype = batch.mean.dtype
+    seen = jnp.zeros((), jnp.int32) if stats.count is None else jnp.asarray(stats.count)
+    keep = 1 - 1 / (seen + 1).astype(dtype) if momentum is None else as_scalar(momentum, dtype)
+    before = BatchStats(stats.mean.astype(dtype), stats.var.astype(dtype))
+    after = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, before, batch)
+    if momentum is not None and stats.count is None:
+        return before, after
+    return before._replace(count=seen), after._replace(count=seen + 1)
 
 
-def _check_arguments(name: str, x: Array, stats: BatchStats, **vectors: Array | None) -> None:
-    if x.ndim < 2 or not x.shape[-1] or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(
-            f"{name} is {x.dtype}{list(x.shape)}: expected floating point with at least two axes, "
-            "the features last"
-        )
+def _fitting(name: str, x: Array, stats: BatchStats, **vectors: Array | None) -> Array:
+    """`x` as a JAX array, of which all else has the number of features."""
+    x = as_samples(x, name)
     features = (x.shape[-1],)
     for key, value in {**vectors, "stats.mean": stats.mean, "stats.var": stats.var}.items():
         if value is not None and value.shape != features:
             raise ValueError(
                 f"{key} has shape {value.shape}: {name} of shape {x.shape} needs {features}"
             )
+    return x

@@ -5,13 +5,11 @@ An initializer is a function `(key, shape, dtype) -> array`. Kernels are `[fan_i
 
 import math
 import re
+from functools import partial
 
 import jax
-import jax.numpy as jnp
 from flax.linen import initializers
 from flax.linen.initializers import Initializer
-from jax import Array
-from jax.typing import DTypeLike
 
 from bnjax.names import choose
 
@@ -50,30 +48,14 @@ def torch_default_bias(fan_in: int) -> Initializer:
     """U(-b, b) with b = 1 / sqrt(fan_in): the bias of PyTorch's `nn.Linear`.
 
     The shape of a bias does not tell `fan_in`, so it is given.
-
-    Example:
-        >>> bias = torch_default_bias(fan_in=4)(jax.random.key(0), (1000,))
-        >>> bool(abs(bias).max() <= 0.5)
-        True
     """
     bound = 1 / math.sqrt(fan_in)
-
-    def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
+    return partial(jax.random.uniform, minval=-bound, maxval=bound)
 
 
 def kernel(name: str) -> Initializer:
-    """The kernel initializer of that name: a key of `KERNELS`, or `normal(0.05)` or the like.
-
-    Raises:
-        ValueError: if there is none, with the nearest name.
-
-    Example:
-        >>> kernel("he_normal") is he_normal
-        True
-    """
+    """The kernel initializer of that name: a key of `KERNELS`, or `normal(0.05)` or the like; a
+    `ValueError` names the nearest where there is none."""
     if match := re.fullmatch(r"normal\(([^()]*)\)", name):
         try:
             std = float(match[1])

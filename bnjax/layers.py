@@ -22,11 +22,10 @@ class BatchNorm(nn.Module):
 
     Variables: `params` `scale` and `bias`, `batch_stats` `mean` and `var`, each `[C]`. A Flax user
     changes the import and keeps the checkpoints. What differs: a batch's statistics are accurate at
-    any offset (Flax's default loses all digits near 1e4), a training batch with fewer than two
-    samples per feature is a `ValueError` instead of an output equal to the bias, and `ddof` chooses
-    the variance that is tracked. Without `dtype` the result has the dtype of the input, where Flax
-    promotes it with that of the parameters; float64 input has float64 statistics, integer and
-    complex input is refused; a mask says which samples count, never which features.
+    any offset (Flax's default loses all digits near 1e4); a training batch with fewer than two
+    samples per feature is a `ValueError` instead of an output equal to the bias; the result has the
+    input's dtype, where Flax promotes it with that of the parameters; float64 input has float64
+    statistics, only floating point is taken; a mask says which samples count, never which features.
 
     Attributes:
         use_running_average: True normalizes with the running statistics (evaluation), False with
@@ -36,8 +35,8 @@ class BatchNorm(nn.Module):
             is one minus this one), or None for the average over all batches; their number is then
             the variable `count` in `batch_stats`, which is kept up wherever it is found.
         epsilon: added to the variance, inside the root.
-        dtype: dtype of the result; that of the input by default.
-        param_dtype, bias_init, scale_init: dtype and initializers of scale and bias.
+        dtype, param_dtype: of the result (None: that of the input); of scale and bias.
+        bias_init, scale_init: initializers of bias and scale.
         use_bias, use_scale: whether to add a learned bias, to multiply by a learned scale.
         axis_name: mapped axis over which to share the batch statistics.
         axis_index_groups: must be None; sharing within groups of devices is not supported.
@@ -121,9 +120,8 @@ class BatchNorm(nn.Module):
             count: Any = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
             stats = stats._replace(count=count.value)
 
-        size = self.virtual_batch_size
         untrainable = self.is_initializing() and (
-            math.prod(x.shape[:-1]) in (0, 1) or x.shape[0] % (size or 1) != 0
+            math.prod(x.shape[:-1]) in (0, 1) or x.shape[0] % (self.virtual_batch_size or 1) != 0
         )
         if use_running_average or untrainable:
             y = batch_norm_eval(x, scale, bias, stats, epsilon=self.epsilon)
@@ -132,9 +130,11 @@ class BatchNorm(nn.Module):
             if not self.is_initializing():
                 mean.value, var.value = updated.mean.reshape(shape), updated.var.reshape(shape)
                 if counted:
-                    batches = jnp.asarray(x.shape[0] // size if size else 1, jnp.int32)
-                    count.value = count.value + batches if updated.count is None else updated.count
-        return _features_back(y[0] if single else y, self.axis, shape).astype(dtype)
+                    count.value = updated.count
+        y = y[0] if single else y
+        y = y.reshape(*y.shape[:-1], *shape)
+        axes = sorted(normalize_axis_tuple(self.axis, y.ndim))
+        return jnp.moveaxis(y, range(-len(shape), 0), axes).astype(dtype)
 
     def _param(self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> Array:
         return self.param(name, init, shape, self.param_dtype).ravel()
@@ -156,26 +156,13 @@ class BatchNorm(nn.Module):
         return train if size is None else virtual_batches(train, size)
 
 
-def normalizes(context: Any) -> bool:
-    """Whether the call that `nn.intercept_methods` shows is that of a batch normalization."""
-    layers = BatchNorm | nn.BatchNorm
-    return context.method_name == "__call__" and isinstance(context.module, layers)
-
-
 def features_last(
     x: Array, axis: int | Sequence[int], mask: Array | None = None
 ) -> tuple[Array, Array | None, tuple[int, ...]]:
-    """Brings features to the end, as one axis.
-
-    Takes `x`, its feature axis or axes and a mask as `BatchNorm` does.
+    """Brings features to the end, as one axis, of `x` and a mask as `BatchNorm` takes them.
 
     Returns:
         `x` as `[N, ..., C]`, the mask as `[N, ...]`, and the shape of the features, of product C.
-
-    Example:
-        >>> x, _, shape = features_last(jnp.zeros((5, 2, 3, 4)), axis=(1, -1))
-        >>> x.shape, shape
-        ((5, 3, 8), (2, 4))
     """
     axes = sorted(normalize_axis_tuple(axis, x.ndim))
     shape = tuple(x.shape[a] for a in axes)
@@ -184,8 +171,3 @@ def features_last(
         mask = jnp.broadcast_to(mask, samples).squeeze(tuple(axes))
     x = jnp.moveaxis(x, axes, range(-len(axes), 0))
     return x.reshape(*x.shape[: -len(axes)], math.prod(shape)), mask, shape
-
-
-def _features_back(y: Array, axis: int | Sequence[int], shape: tuple[int, ...]) -> Array:
-    y = y.reshape(*y.shape[:-1], *shape)
-    return jnp.moveaxis(y, range(-len(shape), 0), sorted(normalize_axis_tuple(axis, y.ndim)))

@@ -24,15 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def activation(name: str) -> Callable[[Array], Array]:
-    """The activation function of that name, a key of `ACTIVATIONS`.
-
-    Raises:
-        ValueError: if there is none, with the nearest name.
-
-    Example:
-        >>> print(activation("relu")(-1.0))
-        0.0
-    """
+    """That of a name in `ACTIVATIONS`; a `ValueError` names the nearest where there is none."""
     return ACTIVATIONS[choose("activation", name, ACTIVATIONS)]
 
 
@@ -64,8 +56,6 @@ class MLP(nn.Module):
         norm_after: normalize what leaves each activation instead of what enters it.
 
     Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
         >>> model = MLP(hidden_sizes=(32, 32), num_classes=10)
         >>> variables = model.init(jax.random.key(0), jnp.zeros((2, 784)), train=True)
         >>> model.apply(variables, jnp.ones((5, 28, 28)), train=False).shape
@@ -107,18 +97,14 @@ class MLP(nn.Module):
         features = []
         for size in self.hidden_sizes:
             x = self._dense(size, x)
-            if not self.norm_after:
-                x = self._normalize(x, train)
-            x = Activation(self.activation)(x)
-            if self.norm_after:
-                x = self._normalize(x, train)
+            normalize: list[Any] = [] if self.norm is None else [norms.norm(self.norm)(train)]
+            activate = [Activation(self.activation)]
+            for layer in activate + normalize if self.norm_after else normalize + activate:
+                x = layer(x)
             features.append(x)
             x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         logits = self._dense(self.num_classes, x)
         return (logits, features) if return_features else logits
-
-    def _normalize(self, x: Array, train: bool) -> Array:
-        return x if self.norm is None else norms.norm(self.norm)(train)(x)
 
     def _dense(self, size: int, x: Array) -> Array:
         bias_init = initializers.torch_default_bias(fan_in=x.shape[-1])
@@ -139,19 +125,15 @@ def fold_batch_norm(model: MLP, variables: Mapping[str, Any]) -> tuple[MLP, dict
             variables are not its own.
 
     Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
         >>> model = MLP(hidden_sizes=(32, 32), num_classes=10)
         >>> variables = model.init(jax.random.key(0), jnp.zeros((2, 784)), train=True)
         >>> folded, variables = fold_batch_norm(model, variables)
         >>> folded.norm, sorted(variables["params"])
         (None, ['Dense_0', 'Dense_1', 'Dense_2'])
     """
-    if model.norm is None:
-        raise ValueError("the model has norm=None: there is nothing to fold")
-    if model.norm_after:
-        raise ValueError("the model normalizes after its activations: none can be folded")
-    norm = batch_norm_of(model)
+    if model.norm is None or model.norm_after:
+        raise ValueError("nothing to fold: the model does not normalize before its activations")
+    norm = batch_norm_of(model.norm)
     kernel = variables["params"].get("Dense_0", {}).get("kernel", jnp.zeros((1, 1)))
     images = jax.ShapeDtypeStruct((2, kernel.shape[0]), jnp.float32)
     own = jax.eval_shape(partial(model.init, train=True), jax.random.key(0), images)
@@ -168,26 +150,17 @@ def fold_batch_norm(model: MLP, variables: Mapping[str, Any]) -> tuple[MLP, dict
     folded = {name: dense for name, dense in params.items() if name.startswith("Dense_")}
     for k in range(len(model.hidden_sizes)):
         name = norm.name or f"{type(norm).__name__}_{k}"
-        dense, affine = folded[f"Dense_{k}"], params.get(name, {})
-        kernel, bias = fold(
-            dense["kernel"],
-            dense["bias"],
-            affine.get("scale"),
-            affine.get("bias"),
-            BatchStats(**stats[name]),
-            norm.epsilon,
-        )
+        dense, learned = folded[f"Dense_{k}"], params.get(name, {})
+        affine = {"scale": learned.get("scale"), "offset": learned.get("bias")}
+        running = BatchStats(**stats[name])
+        kernel, bias = fold(**dense, **affine, stats=running, epsilon=norm.epsilon)
         folded[f"Dense_{k}"] = {"kernel": kernel, "bias": bias}
     return model.clone(norm=None), {"params": folded}
 
 
-def batch_norm_of(model: MLP) -> BatchNorm | nn.BatchNorm:
-    """The batch normalization that a model has before or after each of its activations.
-
-    Raises:
-        ValueError: if it normalizes by another kind of layer.
-    """
-    norm = None if model.norm is None else norms.norm(model.norm)(False)
-    if not isinstance(norm, BatchNorm | nn.BatchNorm):
-        raise ValueError(f"the model normalizes by {type(norm).__name__}: expected BatchNorm")
-    return norm
+def batch_norm_of(norm: str | Norm) -> BatchNorm | nn.BatchNorm:
+    """The batch normalization of that name; a `ValueError` if it is another kind of layer."""
+    layer = norms.norm(norm)(False)
+    if not isinstance(layer, BatchNorm | nn.BatchNorm):
+        raise ValueError(f"the model normalizes by {type(layer).__name__}: expected BatchNorm")
+    return layer

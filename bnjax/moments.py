@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 # Rows that are summed one after the other. Rounding errors grow with the square root of the run,
 # so longer sums are split into blocks of at most this many rows, whose sums are summed again.
@@ -27,13 +28,16 @@ class Moments(NamedTuple):
 
 
 def statistics_dtype(x: Array) -> jnp.dtype:
-    """The dtype of the statistics of `x`: float64 for float64 input, else float32.
-
-    Example:
-        >>> print(statistics_dtype(jnp.zeros(3, jnp.bfloat16)))
-        float32
-    """
+    """The dtype of the statistics of `x`: float64 for float64 input, else float32."""
     return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+
+
+def as_samples(x: ArrayLike, name: str = "x") -> Array:
+    """`x` as a JAX array; a `ValueError` if it is no floating point `[N, ..., C]`."""
+    x = jnp.asarray(x)
+    if x.ndim < 2 or not x.shape[-1] or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name} is {x.dtype}{list(x.shape)}: expected floating point [N, ..., C]")
+    return x
 
 
 def check_sample_count(x: Array, axis_name: str | None = None) -> None:
@@ -43,9 +47,6 @@ def check_sample_count(x: Array, axis_name: str | None = None) -> None:
 
     Raises:
         ValueError: naming their number, the shape and the remedies.
-
-    Example:
-        >>> check_sample_count(jnp.zeros((1, 4, 4, 3)))  # sixteen
     """
     devices = 1 if axis_name is None else lax.axis_size(axis_name)
     samples = devices * math.prod(x.shape[:-1])
@@ -128,12 +129,6 @@ def merge(a: Moments, b: Moments) -> Moments:
 
     Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
     Variances" (1979).
-
-    Example:
-        >>> one, three = (Moments(jnp.array([v]), jnp.array([0.0]), jnp.array(1.0)) for v in (1, 3))
-        >>> both = merge(one, three)
-        >>> print(both.mean, both.var, both.count)
-        [2.] [1.] 2.0
     """
     count = a.count + b.count
     weight = b.count / (count + (count == 0))

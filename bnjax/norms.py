@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from bnjax.layers import BatchNorm
-from bnjax.moments import centre, check_sample_count, statistics_dtype
+from bnjax.moments import as_samples, centre, check_sample_count, statistics_dtype
 from bnjax.names import choose, split_number
 
 EPSILON = 1e-5
@@ -48,8 +48,12 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Normalizes `x`, `[N, ..., C]` floating point; a `ValueError` says if it is not."""
-        x = _check(x, self.num_groups)
+        x = as_samples(x)
         dtype, features = statistics_dtype(x), x.shape[-1:]
+        if self.num_groups < 1 or features[0] % self.num_groups:
+            raise ValueError(
+                f"num_groups is {self.num_groups}: expected a divisor of the {features[0]} features"
+            )
         cut = (self.num_groups, features[0] // self.num_groups)
         groups = x.astype(dtype).reshape(x.shape[0], math.prod(x.shape[1:-1]), *cut)
         mean = partial(jnp.mean, axis=(1, 3), keepdims=True)
@@ -74,13 +78,6 @@ class MeanOnlyBatchNorm(nn.Module):
         momentum: what the running mean keeps of itself at each batch.
 
     Source: Salimans & Kingma, "Weight normalization" (2016), section 4.
-
-    Example:
-        >>> import jax
-        >>> layer = MeanOnlyBatchNorm(use_running_average=False)
-        >>> y, _ = layer.init_with_output(jax.random.key(0), jnp.array([[1.0], [3.0]]))
-        >>> print(y.ravel())
-        [-1.  1.]
     """
 
     use_running_average: bool
@@ -88,39 +85,23 @@ class MeanOnlyBatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Normalizes `x`, `[N, ..., C]` floating point.
-
-        Raises:
-            ValueError: if it is not, or, but for `init`, there are too few samples to train with.
-        """
-        x = _check(x)
+        """Normalizes `x`, `[N, ..., C]` floating point; a `ValueError` says if it is not, or, but
+        for `init`, has too few samples to train with."""
+        x = as_samples(x)
         dtype, features = statistics_dtype(x), x.shape[-1:]
         bias = self.param("bias", nn.initializers.zeros, features)
         running = self.variable("batch_stats", "mean", jnp.zeros, features, dtype)
         rows = x.astype(dtype).reshape(-1, *features)
-        untrainable = self.is_initializing() and math.prod(x.shape[:-1]) in (0, 1)
-        if self.use_running_average or untrainable:
+        if self.use_running_average:
             rows = rows - running.value.astype(dtype)[None]
         else:
-            check_sample_count(x)
             rows, (mean, _, count) = centre(rows, None, None)
             if not self.is_initializing():
+                check_sample_count(x)
                 old = running.value.astype(dtype)
                 new = self.momentum * old + (1 - self.momentum) * mean
                 running.value = jnp.where(count >= 2, new, old)
         return (rows + bias.astype(dtype)[None]).reshape(x.shape).astype(x.dtype)
-
-
-def _check(x: Array, groups: int = 1) -> Array:
-    """`x` as a JAX array, if it is one that these layers normalize."""
-    x = jnp.asarray(x)
-    divided = x.ndim > 1 and groups > 0 and x.shape[-1] % groups == 0
-    if not (divided and jnp.issubdtype(x.dtype, jnp.floating)):
-        raise ValueError(
-            f"x is {x.dtype} of shape {x.shape}: expected floating point [N, ..., C] with C a "
-            f"multiple of the number of groups, {groups}"
-        )
-    return x
 
 
 def _batch(train: bool, **fields: object) -> nn.Module:
@@ -146,9 +127,7 @@ _FAMILIES = {"ghost": ("ghost(SIZE)", 2), "group": ("group(GROUPS)", 1)}
 
 
 def norm(name: str | Norm) -> Norm:
-    """The normalization of that name, a key of `NORMS` such as `"batch"` or `"group(8)"`.
-
-    What is no name is given back.
+    """The normalization of that name, as `"batch"` or `"group(8)"`; what is no name is given back.
 
     Raises:
         ValueError: if there is none, with the nearest name, or its number is none or too small.
@@ -164,6 +143,7 @@ def norm(name: str | Norm) -> Norm:
         return NORMS[choose("norm", name, NORMS)]
     key, least = _FAMILIES[family]
     if number < least:
-        expected = f"expected a whole number of at least {least}, as in {family}(8)"
-        raise ValueError(f"norm {name}: {expected}")
+        raise ValueError(
+            f"norm {name}: expected a whole number of at least {least}, as in {family}(8)"
+        )
     return NORMS[key](number)

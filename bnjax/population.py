@@ -24,7 +24,7 @@ from jax import Array
 
 from bnjax import layer_taps
 from bnjax.layer_taps import BATCH_NORMS, Path
-from bnjax.layers import features_last, normalizes
+from bnjax.layers import features_last
 from bnjax.moments import Moments, centre, check_sample_count, merge, statistics_dtype
 from bnjax.training import AnyArray, to_float
 
@@ -200,7 +200,8 @@ def _measure(
 
     def substitute(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         layer = context.module
-        if normalizes(context) and only in (None, layer.path):
+        called = context.method_name == "__call__" and isinstance(layer, BATCH_NORMS)
+        if called and only in (None, layer.path):
             x = args[0] if args else kwargs["x"]
             moments, rest = _moments(x, layer.axis, kwargs.get("mask"))
             calls = layer.get_variable("batch_stats", "calls", ())

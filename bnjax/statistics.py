@@ -6,8 +6,6 @@ import numpy as np
 import scipy  # which loads `special` where it is used: a fifth of a second, at the end of a run
 from numpy.typing import ArrayLike
 
-LEVEL = 0.95
-
 
 class Summary(NamedTuple):
     """What `n` finite values say about the mean that they come from.
@@ -62,7 +60,7 @@ def summarize(values: ArrayLike) -> Summary:
     if n < 2:
         return Summary(float(finite[0]) if n else None, None, None, n)
     mean, sd = float(finite.mean()), float(finite.std(ddof=1))
-    half = float(scipy.special.stdtrit(n - 1, (1 + LEVEL) / 2)) * sd / n**0.5
+    half = float(scipy.special.stdtrit(n - 1, 0.975)) * sd / n**0.5
     return Summary(mean, sd, (mean - half, mean + half), n)
 
 

@@ -26,9 +26,8 @@ BATCH_NORM = {
     "num_batches_tracked": ("batch_stats", "count"),
 }
 
-# A layer that is found, and one that is expected, by PyTorch's names of its arrays. Of those that
-# are expected there are Flax's path and PyTorch's shape, whose last length is -1 if it may be any.
-Layer = Mapping[str, np.ndarray]
+# An expected layer: by PyTorch's names of its arrays Flax's path and PyTorch's shape, whose last
+# length is -1 if it may be any.
 Slot = Mapping[str, tuple[tuple[str, str, str], tuple[int, ...]]]
 
 
@@ -52,9 +51,9 @@ def from_torch(state_dict: Mapping[str, Any], model: MLP) -> dict[str, Any]:
 
     Raises:
         TypeError: if `state_dict` is no mapping from names; files are never opened or unpickled.
-        ValueError: naming layers whose order is not known, or all keys that are missing, surplus or
-            of wrong shape, or, where nothing tells which layers are meant, all that were found and
-            expected; or a value that is no array of numbers; or a model that normalizes otherwise.
+        ValueError: naming all keys that are missing, surplus or of wrong shape; or the layers whose
+            order is not known, and those expected; or a value that is no array of numbers; or a
+            model that normalizes otherwise.
 
     Source: `torch.nn.Linear`, `torch.nn.BatchNorm1d`, section Variables of their documentation.
 
@@ -79,25 +78,32 @@ def from_torch(state_dict: Mapping[str, Any], model: MLP) -> dict[str, Any]:
             faults["surplus"].append(key)
     affine = None
     if model.norm is not None:
-        norm = batch_norm_of(model)
+        norm = batch_norm_of(model.norm)
         affine = [leaf for leaf in ("scale", "bias") if getattr(norm, f"use_{leaf}")]
     slots = _slots((*model.hidden_sizes, model.num_classes), affine)
-    matched = dict(zip(_match(layers, slots), slots.values(), strict=True))
-    for name in {**matched, **layers}:
-        for what, key in _faults(name, layers.get(name, {}), matched.get(name, {})):
-            faults[what].append(key)
+    names, variables = _match(layers, slots), {}
+    for place, slot in slots.items():
+        name, defaults = names[place], {}
+        layer = layers.pop(name, {})
+        chief = layer.get("running_mean", layer.get("weight"))
+        whole = "running_mean" in layer and layer.keys() & {"weight", "bias"}
+        if chief is not None and not whole:
+            zeros = np.zeros(chief.shape[:1], chief.dtype)
+            defaults = {"weight": np.ones_like(zeros), "bias": zeros}
+        given = {**defaults, **layer}
+        for leaf, (path, shape) in slot.items():
+            if leaf in given and _fits(given[leaf].shape, shape):
+                variables[path] = given[leaf].T
+            elif leaf in given:
+                told = f"{name}{leaf} {_show(given[leaf].shape)} (expected {_show(shape)})"
+                faults["of wrong shape"].append(told)
+            elif leaf != "num_batches_tracked":
+                faults["missing"].append(name + leaf)
+        faults["surplus"] += [name + leaf for leaf in layer if leaf not in slot]
+    faults["surplus"] += [name + leaf for name, layer in layers.items() for leaf in layer]
     if any(faults.values()):
         told = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in faults.items() if keys)
         raise ValueError(f"the state_dict does not fit the model: {told}")
-    variables = {}
-    for name, slot in matched.items():
-        layer = layers[name]
-        dtype = layer["running_mean" if "running_mean" in slot else "weight"].dtype
-        for leaf, (path, shape) in slot.items():
-            if leaf in layer:
-                variables[path] = layer[leaf].T
-            elif leaf != "num_batches_tracked":
-                variables[path] = np.full(shape, leaf == "weight", dtype)
     return unflatten_dict(variables)
 
 
@@ -119,22 +125,16 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
         ValueError: if the variables are not those of an `MLP`.
 
     Example:
-        >>> import jax
         >>> variables = MLP((4,), 2).init(jax.random.key(0), np.zeros((2, 3)), train=True)
         >>> list(to_torch(variables))[:4]
         ['0.weight', '0.bias', '1.weight', '1.bias']
     """
     given = flatten_dict({name: variables.get(name, {}) for name in ("params", "batch_stats")})
-    layers = {path[1] for path in given}
-    depth = sum(layer.startswith("Dense_") for layer in layers)
-    kernels = [given.get(("params", f"Dense_{k}", "kernel")) for k in range(depth)]
-    sizes = [0 if kernel is None else kernel.shape[-1] for kernel in kernels]
+    depth = len({path[1] for path in given if path[1].startswith("Dense_")})
     normalized = [path[-1] for path in given if path[1].startswith("BatchNorm_")]
-    slots = _slots(sizes, normalized or None)
+    slots = _slots([0] * depth, normalized or None)
     expected = {slot[leaf][0]: name + leaf for name, slot in slots.items() for leaf in slot}
-    for path in expected:
-        if path[-1] == "count":
-            given.setdefault(path, 0)
+    given = {path: 0 for path in expected if path[-1] == "count"} | given
     wrong = set(given) ^ set(expected)
     if wrong or not depth:
         told = ", ".join(sorted("/".join(path) for path in wrong)) or "there is no Dense_0"
@@ -164,74 +164,50 @@ def _slots(sizes: Sequence[int], affine: Collection[str] | None) -> dict[str, Sl
     return slots
 
 
-def _faults(name: str, layer: Layer, slot: Slot) -> list[tuple[str, str]]:
-    """Why a layer is not the one expected: what is the matter, and with which key."""
-    optional = {"num_batches_tracked"}
-    if "running_mean" not in slot:
-        optional |= {"bias"}
-    elif not layer.keys() & {"weight", "bias"}:
-        optional |= {"weight", "bias"}
-    faults = []
-    for leaf, (_, expected) in slot.items():
-        shape = layer[leaf].shape if leaf in layer else expected
-        if leaf not in layer and (leaf not in optional or not layer):
-            faults.append(("missing", name + leaf))
-        if expected not in (shape, (*shape[:-1], -1)):
-            told = f"{name}{leaf} {_show(shape)} (expected {_show(expected)})"
-            faults.append(("of wrong shape", told))
-    return faults + [("surplus", name + leaf) for leaf in layer if leaf not in slot]
+def _match(
+    layers: Mapping[str, dict[str, np.ndarray]], slots: Mapping[str, Slot]
+) -> dict[str, str]:
+    """By the names of the slots those of the layers: the same, or in the only order possible.
 
-
-def _match(layers: Mapping[str, Layer], slots: Mapping[str, Slot]) -> list[str]:
-    """The layers' names in the order of the slots; if not all fit, as they seem to be meant.
-
-    The first slot takes the one layer that fits it and has no layer before it, the last the one
-    that has none after it, and so on inwards: no other order is possible.
+    The first slot takes the one layer that has its shape and no layer before it, the last the one
+    that has none after it, and so on inwards.
     """
-    prefixes = {re.sub(r"\d+\.$", "", name) for name in layers}
-    usual = [(min(prefixes) if len(prefixes) == 1 else "") + name for name in slots]
-    if layers.keys() <= set(usual) or layers.keys() >= set(usual):
-        return usual
-    fits = {
-        name: {k for k, slot in enumerate(slots.values()) if not _faults(name, layer, slot)}
-        for name, layer in layers.items()
-    }
+    if layers.keys() <= slots.keys() or layers.keys() >= slots.keys():
+        return {name: name for name in slots}
     # Text and numbers in turn, beginning with text.
     parts = {a: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", a)] for a in layers}
-    left, places = sorted(layers, key=parts.__getitem__), list(range(len(slots)))
+    left = sorted(layers, key=parts.__getitem__)
     before, after = ({name: set[str]() for name in layers} for _ in range(2))
     for a, b in combinations(left, 2):
-        first = next((p for p, q in zip(parts[a], parts[b], strict=False) if p != q), "")
-        if isinstance(first, int):
+        differing = (p for p, q in zip(parts[a], parts[b], strict=False) if p != q)
+        if isinstance(next(differing, ""), int):
             before[b].add(a)
             after[a].add(b)
-    found: dict[int, str] = {}
-    while left and places:
-        starts = [a for a in left if places[0] in fits[a] and before[a].isdisjoint(left)]
-        ends = [a for a in left if places[-1] in fits[a] and after[a].isdisjoint(left)]
-        if len(starts) == 1 or len(left) == len(places) == 1:
-            place, name = places[0], *(starts or left)
-        elif len(ends) == 1:
-            place, name = places[-1], *ends
+    shapes = {name: layer[max(layer)].shape for name, layer in layers.items()}
+    expected = {place: slot[max(slot)][1] for place, slot in slots.items()}
+    places, names = list(slots), {}
+    while places:
+        for end, others in ((0, before), (-1, after)):
+            fitting = [a for a in left if _fits(shapes[a], expected[places[end]])]
+            fitting = [a for a in fitting if others[a].isdisjoint(left)]
+            if len(fitting) == 1:
+                break
         else:
-            break
-        found[place] = name
-        places.remove(place)
-        left.remove(name)
-    if not places:
-        return [found[k] for k in range(len(slots))]
-    if len(left) == len(places) and starts and ends and all(fits[name] for name in left):
-        raise ValueError(
-            f"the order of the layers {', '.join(name[:-1] for name in left)} is not known from "
-            "the numbers in their names, and their shapes fit more than one order: rename them "
-            "with numbers, as in fc1, fc2"
-        )
-    shapes = (f"{name}{max(one)} {_show(one[max(one)].shape)}" for name, one in layers.items())
-    expected = (f"{max(one)} {_show(one[max(one)][1])}" for one in slots.values())
-    raise ValueError(
-        f"the state_dict does not fit the model: found {', '.join(shapes)}, expected, in the order "
-        f"of the numbers in their names, {', '.join(expected)}"
-    )
+            found = (f"{a}{max(layers[a])} {_show(shapes[a])}" for a in left)
+            wanted = (f"{max(slots[place])} {_show(expected[place])}" for place in places)
+            raise ValueError(
+                "names, kinds and shapes of the layers do not tell a single order that fits the "
+                f"model: found {', '.join(found) or 'no more'}, expected, in the order of the "
+                f"numbers in their names, {', '.join(wanted)}: rename them with numbers, as in "
+                "fc1, fc2, or change the model"
+            )
+        names[places.pop(end)] = fitting[0]
+        left.remove(fitting[0])
+    return names
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    return expected in (shape, (*shape[:-1], -1))
 
 
 def _show(shape: tuple[int, ...]) -> str:

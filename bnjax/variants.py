@@ -69,9 +69,7 @@ def _alike(stats: BatchStats, after: BatchStats) -> BatchStats:
 
     The compiler sees that the values of `after` are not used, and leaves them out.
     """
-    if after.count is None:
-        stats = stats._replace(count=None)
-    elif stats.count is None:
+    if stats.count is None and after.count is not None:
         stats = stats._replace(count=jnp.zeros_like(after.count))
     after = lax.stop_gradient(after)
     return jax.tree.map(lambda a, b: jnp.where(False, b, a.astype(b.dtype)), stats, after)

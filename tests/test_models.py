@@ -123,7 +123,7 @@ def test_folding_leaves_the_logits_and_no_normalization(name, hidden_sizes):
 
 def test_only_batch_normalization_can_be_folded():
     model = models.MLP((6,), 3, norm=None)
-    with pytest.raises(ValueError, match="norm=None: there is nothing to fold"):
+    with pytest.raises(ValueError, match="nothing to fold"):
         models.fold_batch_norm(model, model.init(KEY, jnp.ones((2, 4)), train=True))
 
 

@@ -217,12 +217,13 @@ def test_relatives_refuse_what_batch_norm_refuses(change, message):
 
 
 @pytest.mark.parametrize("given", [None, 3])
-def test_a_missing_count_is_zero_and_a_surplus_one_is_ignored(given):
+def test_a_count_is_kept_up_and_starts_at_zero_for_an_average(given):
     x, scale, bias, stats = problem()
     stats = stats._replace(count=None if given is None else jnp.array(given))
     averaging = virtual_batches(partial(batch_norm_train, momentum=None), 4)
     assert averaging(x, scale, bias, stats)[1].count == (given or 0) + 3
-    assert virtual_batches(batch_norm_train, 4)(x, scale, bias, stats)[1].count is None
+    count = virtual_batches(batch_norm_train, 4)(x, scale, bias, stats)[1].count
+    assert count == (None if given is None else 6)
 
 
 def test_limits_may_be_arrays_under_jit():
