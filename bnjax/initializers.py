@@ -48,14 +48,26 @@ def torch_default_bias(fan_in: int) -> Initializer:
     """U(-b, b) with b = 1 / sqrt(fan_in): the bias of PyTorch's `nn.Linear`.
 
     The shape of a bias does not tell `fan_in`, so it is given.
+
+    Example:
+        >>> bias = torch_default_bias(fan_in=4)(jax.random.key(0), (1000,))
+        >>> bool(abs(bias).max() <= 0.5)
+        True
     """
     bound = 1 / math.sqrt(fan_in)
     return partial(jax.random.uniform, minval=-bound, maxval=bound)
 
 
 def kernel(name: str) -> Initializer:
-    """The kernel initializer of that name: a key of `KERNELS`, or `normal(0.05)` or the like; a
-    `ValueError` names the nearest where there is none."""
+    """The kernel initializer of that name: a key of `KERNELS`, or `normal(0.05)` or the like.
+
+    Raises:
+        ValueError: if there is none, with the nearest name.
+
+    Example:
+        >>> kernel("he_normal") is he_normal
+        True
+    """
     if match := re.fullmatch(r"normal\(([^()]*)\)", name):
         try:
             std = float(match[1])

@@ -56,6 +56,10 @@ def cross_entropy(logits: Array, labels: AnyArray) -> Array:
 
     Raises:
         ValueError: if labels are no integers, or not one for each row of the logits.
+
+    Example:
+        >>> print(cross_entropy(jnp.zeros((1, 10)), jnp.array([3])).round(4))
+        [2.3026]
     """
     integers = jnp.issubdtype(labels.dtype, jnp.integer) or labels.dtype == bool
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not integers:

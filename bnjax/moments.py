@@ -28,7 +28,12 @@ class Moments(NamedTuple):
 
 
 def statistics_dtype(x: Array) -> jnp.dtype:
-    """The dtype of the statistics of `x`: float64 for float64 input, else float32."""
+    """The dtype of the statistics of `x`: float64 for float64 input, else float32.
+
+    Example:
+        >>> print(statistics_dtype(jnp.zeros(3, jnp.bfloat16)))
+        float32
+    """
     return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
@@ -129,6 +134,12 @@ def merge(a: Moments, b: Moments) -> Moments:
 
     Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
     Variances" (1979).
+
+    Example:
+        >>> one, three = (Moments(jnp.array([v]), jnp.array([0.0]), jnp.array(1.0)) for v in (1, 3))
+        >>> both = merge(one, three)
+        >>> print(both.mean, both.var, both.count)
+        [2.] [1.] 2.0
     """
     count = a.count + b.count
     weight = b.count / (count + (count == 0))

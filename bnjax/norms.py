@@ -78,6 +78,13 @@ class MeanOnlyBatchNorm(nn.Module):
         momentum: what the running mean keeps of itself at each batch.
 
     Source: Salimans & Kingma, "Weight normalization" (2016), section 4.
+
+    Example:
+        >>> import jax
+        >>> layer = MeanOnlyBatchNorm(use_running_average=False)
+        >>> y, _ = layer.init_with_output(jax.random.key(0), jnp.array([[1.0], [3.0]]))
+        >>> print(y.ravel())
+        [-1.  1.]
     """
 
     use_running_average: bool
@@ -85,8 +92,11 @@ class MeanOnlyBatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Normalizes `x`, `[N, ..., C]` floating point; a `ValueError` says if it is not, or, but
-        for `init`, has too few samples to train with."""
+        """Normalizes `x`, `[N, ..., C]` floating point.
+
+        Raises:
+            ValueError: if it is not, or, but for `init`, there are too few samples to train with.
+        """
         x = as_samples(x)
         dtype, features = statistics_dtype(x), x.shape[-1:]
         bias = self.param("bias", nn.initializers.zeros, features)
