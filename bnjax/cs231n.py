@@ -105,6 +105,13 @@ def batchnorm_backward(dout: Array, cache: Cache | None) -> tuple[Array, Array, 
 
     Raises:
         ValueError: if the cache is None, that of mode "test".
+
+    Example:
+        >>> x, ones = jnp.array([[1.0], [3.0]]), jnp.ones(1)
+        >>> _, cache, _ = batchnorm_forward(x, ones, ones, {"mode": "train"})
+        >>> dx, dgamma, dbeta = batchnorm_backward(jnp.array([[1.0], [2.0]]), cache)
+        >>> print(dgamma.round(3), dbeta)
+        [1.] [3.]
     """
     cache, dx_hat, dgamma, dbeta = _scale_and_shift_backward(dout, cache)
     n = dout.shape[0]
@@ -157,6 +164,12 @@ def layernorm_backward(dout: Array, cache: Cache | None) -> tuple[Array, Array, 
         dx.T, dgamma, dbeta = batchnorm_backward_alt(dout.T)
 
     Results and errors as for `batchnorm_backward`.
+
+    Example:
+        >>> _, cache = layernorm_forward(jnp.array([[1.0, 3.0]]), jnp.ones(2), jnp.zeros(2), {})
+        >>> dx, dgamma, dbeta = layernorm_backward(jnp.array([[1.0, 2.0]]), cache)
+        >>> print(dgamma.round(3), dbeta)
+        [-1.  2.] [1. 2.]
     """
     dx, dgamma, dbeta = batchnorm_backward_alt(dout.T, cache)
     return dx.T, dgamma, dbeta
