@@ -157,12 +157,10 @@ def _replace(
             "layer_by_layer reads the batches once for each layer, found an iterator, which ends "
             "after the first: pass a list"
         )
-    paths: Sequence[Path | None] = ()
-    for batch in islice(batches, 1 if layer_by_layer else 0):
-        paths = layer_paths(module, variables, _images(batch))
+    first = list(islice(batches, 1)) if layer_by_layer else []
+    paths = [path for batch in first for path in layer_paths(module, variables, _images(batch))]
     for path in paths or (None,):
-        measure = _compile(module, path)
-        found = [measure(variables, _images(batch)) for batch in batches]
+        found = [_measure(module.apply, path, variables, _images(batch)) for batch in batches]
         if not (found and found[0]):
             what = "batch normalization in the module" if found else "batch"
             raise ValueError(f"there is nothing to estimate statistics from: found no {what}")
@@ -184,17 +182,9 @@ def _images(batch: Any) -> AnyArray:
     return to_float(batch[0] if isinstance(batch, tuple | list) and batch else batch)
 
 
-def _compile(module: nn.Module, only: Path | None) -> Callable[[Variables, AnyArray], Any]:
-    """`_measure`, compiled once for a module; each time for one with fields that have no hash."""
-    try:
-        hash(module)
-    except TypeError:
-        return jax.jit(partial(_measure, module, only))
-    return partial(_measure_once, module, only)
-
-
+@partial(jax.jit, static_argnames=("apply", "only"))  # by identity: fields need no hash
 def _measure(
-    module: nn.Module, only: Path | None, variables: Variables, images: AnyArray
+    apply: Callable, only: Path | None, variables: Variables, images: AnyArray
 ) -> dict[Path, tuple[tuple[Moments, Array], ...]]:
     """Moments of what enters each layer, or `only` one, when it normalizes with them."""
 
@@ -210,12 +200,9 @@ def _measure(
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(substitute):
-        _, found = module.apply(variables, images, train=False, mutable=["batch_stats"])
+        _, found = apply(variables, images, train=False, mutable=["batch_stats"])
     stats = flatten_dict(found.get("batch_stats", {}))
     return {path[:-1]: calls for path, calls in stats.items() if path[-1] == "calls"}
-
-
-_measure_once = jax.jit(_measure, static_argnames=("module", "only"))
 
 
 def _moments(x: Array, axis: int | Sequence[int], mask: Array | None) -> tuple[Moments, Array]:

@@ -368,13 +368,14 @@ class Counted(nn.Module):
 @pytest.mark.parametrize("method", [estimate, average_batch_moments])
 def test_a_module_is_compiled_once_for_each_shape(method):
     batches = drifting(UNEQUAL, 4, dtype=np.float32)
-    variables = Counted().init(KEY, batches[0], train=True)
-    expected = method(Counted(), variables, batches)
+    module = Counted()
+    variables = module.init(KEY, batches[0], train=True)
+    expected = method(module, variables, batches)
     Counted.traced.clear()
     for _ in range(3):
-        chex.assert_trees_all_equal(method(Counted(), variables, batches), expected)
+        chex.assert_trees_all_equal(method(module, variables, batches), expected)
     assert Counted.traced == []
-    method(Counted(), variables, [normal((30 + len(method.__name__), 4), dtype=np.float32)])
+    method(module, variables, [normal((30 + len(method.__name__), 4), dtype=np.float32)])
     assert len(Counted.traced) == 1
 
 

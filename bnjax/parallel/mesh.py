@@ -76,21 +76,15 @@ def replicate_data(batch: T, mesh: Mesh) -> T:
     return jax.tree.map(lambda values: place(values, everywhere), batch)
 
 
-def constrain(tree: T, mesh: Mesh, *axes: str) -> T:
-    """Says, inside a compiled function, over which axes of the mesh arrays are spread.
+def share(batch: T, mesh: Mesh) -> T:
+    """Says, inside a compiled function, that the examples of a batch are spread over `data`.
 
-    With the examples of a batch spread over `data`, every sum over them, those of batch
-    normalization among them, is one over all devices of the axis: the compiler adds what has to be
-    communicated. The axis need not divide the batch.
-
-    Args:
-        tree: arrays.
-        mesh: where they are.
-        axes: one for each leading axis of the arrays; none for a copy on every device.
+    Every sum over them, those of batch normalization among them, is one over all devices of the
+    axis: the compiler adds what has to be communicated. The axis need not divide the batch.
     """
     if mesh.shape["data"] == 1:
-        return tree
-    return lax.with_sharding_constraint(tree, PartitionSpec(*axes))
+        return batch
+    return lax.with_sharding_constraint(batch, PartitionSpec("data"))
 
 
 def map_replicates(
