@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -50,7 +51,8 @@ def _percentiles(arm: str, variables: diagnostics.Variables, batch: Batch) -> ja
     model = networks(**FIELDS)[arm]
 
     def of_replicate(variables: diagnostics.Variables) -> jax.Array:
-        return diagnostics.activation_percentiles(model, variables, batch)["percentiles_3"]
+        entering = diagnostics.preactivations(model, variables, batch)["preactivations_3"]
+        return jnp.percentile(entering, jnp.array([15, 50, 85]), axis=0)
 
     return jax.lax.map(of_replicate, variables)
 
