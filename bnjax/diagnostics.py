@@ -165,26 +165,6 @@ def effective_rank(layer: Array, *, threshold: float = 0.01) -> Array:
     return jnp.sum(values > threshold * values[0])
 
 
-def train_eval_discrepancy(
-    model: nn.Module, variables: Variables, batch: Batch
-) -> dict[str, Array]:
-    """What forgetting to leave training mode does to the predictions of a batch.
-
-    Returns:
-        `{"changed": [], "logits": []}`: the share of examples that get another class, and the root
-        mean square difference of the logits.
-    """
-    images = to_float(batch.images)
-    evaluation, training = (
-        model.apply(variables, images, train=train, mutable=["batch_stats"])[0]
-        for train in (False, True)
-    )
-    return {
-        "changed": jnp.mean(evaluation.argmax(axis=1) != training.argmax(axis=1)),
-        "logits": jnp.sqrt(jnp.mean((evaluation - training) ** 2)),
-    }
-
-
 def _loss(model: nn.Module, variables: Variables, batch: Batch) -> Callable[[Any], Array]:
     """The mean cross entropy of the batch in training mode, as a function of the parameters."""
 

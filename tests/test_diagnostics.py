@@ -236,23 +236,6 @@ def test_effective_rank_counts_singular_values(singular, threshold, expected, sc
     assert jnp.issubdtype(found.dtype, jnp.integer)
 
 
-@each_network
-@pytest.mark.usefixtures("x64")
-def test_train_eval_discrepancy_agrees_with_numpy(use_batch_norm):
-    model, variables, batch = network("tanh", use_batch_norm)
-    training, _, _, stats = in_numpy(variables, batch.images, "tanh", train=True)
-    evaluation, *_ = in_numpy(variables, batch.images, "tanh", train=False)
-    changed = np.mean(evaluation.argmax(axis=1) != training.argmax(axis=1))
-    logits = np.sqrt(np.mean((evaluation - training) ** 2))
-    found = diagnostics.train_eval_discrepancy(model, variables, batch)
-    assert found == {"changed": changed, "logits": pytest.approx(logits, rel=1e-13)}
-    assert (0 < changed < 1 and logits > 0.1) if use_batch_norm else changed == logits == 0
-
-    variables["batch_stats"] = stats
-    found = diagnostics.train_eval_discrepancy(model, variables, batch)
-    assert found == {"changed": 0, "logits": pytest.approx(0, abs=1e-13)}
-
-
 def test_compiled_in_float32_on_integer_images():
     """What float64 says of the same images, op by op."""
     probes = (
@@ -261,7 +244,6 @@ def test_compiled_in_float32_on_integer_images():
         diagnostics.preactivations,
         diagnostics.gradient_norms,
         diagnostics.backpropagated_norms,
-        diagnostics.train_eval_discrepancy,
     )
     measures = (
         partial(diagnostics.saturation, activation=jnp.tanh),
