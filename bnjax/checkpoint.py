@@ -58,9 +58,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, settings: str = "") -> None:
-        """In `directory`, whose parent must exist when one is saved; `settings` are what decides
-        the numbers of the run, and checkpoints of others are refused.
-        """
+        """Those in `directory`, whose parent must exist; ones of other `settings` are refused."""
         self._directory = directory.absolute()
         self._settings = settings
 
@@ -98,7 +96,10 @@ class Checkpoints:
             problems = list(filter(None, processes.allgather_object(problem)))
             if not problems:
                 return epochs, found
-            _set_aside(path, problems[0])
+            if processes.is_first():
+                aside = path.rename(path.with_name(f"damaged-{time.time_ns()}-{path.name}"))
+                told = f"{problems[0]}; an earlier state takes its place, it is now {aside.name}"
+                warnings.warn(told, CheckpointWarning, stacklevel=2)
         return 0, states
 
     def at(self, epochs: int, states: Any) -> Any:
@@ -148,10 +149,3 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
     for old in _epochs(path.parent)[:-KEEP]:
         file_of(path.parent, old).unlink()
-
-
-def _set_aside(path: Path, problem: str) -> None:
-    if processes.is_first():
-        aside = path.rename(path.with_name(f"damaged-{time.time_ns()}-{path.name}"))
-        told = f"{problem}; an earlier state takes its place, it is now {aside.name}"
-        warnings.warn(told, CheckpointWarning, stacklevel=3)

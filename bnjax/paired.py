@@ -121,10 +121,8 @@ def train_epoch(
 ) -> tuple[States, dict[str, Metrics]]:
     """One epoch of arms and replicates; each replicate has its own order of the examples.
 
-    Args:
-        states: the states before the epoch; they are donated and must not be used again.
-        epoch: counts from 1.
-        keys, examples, batch_size, drop_last, statistics: as `Trainer` has them.
+    The states before it are donated and must not be used again; the number of the `epoch` counts
+    from 1, and what else it takes is as `Trainer` has it.
 
     Returns:
         The states after the epoch, and per arm the metrics of each step, `[R, steps]`.
@@ -205,7 +203,7 @@ class Trainer:
         """Trains all arms and replicates epoch by epoch and evaluates each.
 
         Args:
-            states: initial ones or those of a checkpoint; they are donated to the first epoch.
+            states: initial ones or those of a checkpoint; they are donated.
             numbers: which epochs to run; they count from 1.
         """
         if not numbers:

@@ -9,11 +9,10 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
+from bnjax.losses import AnyArray
 from bnjax.names import choose
 
 AXES = ("replicate", "data")
-
-AnyArray = Array | np.ndarray
 
 T = TypeVar("T")
 

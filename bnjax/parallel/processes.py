@@ -149,10 +149,7 @@ def check_same(values: Mapping[str, Any]) -> None:
     """
     first, *others = allgather_object({"host": name(), **values})
     for other in others:
-        different = [
-            f"{field} {other[field]!r} instead of {first[field]!r}"
-            for field in sorted(values)
-            if other[field] != first[field]
-        ]
+        different = [field for field in sorted(values) if other[field] != first[field]]
         if different:
-            raise ValueError(f"{other['host']} has {', '.join(different)}")
+            told = [f"{field} {other[field]!r} instead of {first[field]!r}" for field in different]
+            raise ValueError(f"{other['host']} has {', '.join(told)}")

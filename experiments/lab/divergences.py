@@ -35,11 +35,9 @@ FIELDS: dict[str, set[type]] = {
 
 
 def find(epoch: Epoch, known: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The replicates that stopped being finite in an epoch, their layers still None.
+    """The replicates that stopped being finite in an epoch, and are not known from earlier ones.
 
-    Args:
-        epoch: what it left behind, as NumPy can read it.
-        known: divergences of earlier epochs.
+    Metrics of the epoch are NumPy's; all layers are still None.
     """
     seen = {(one["arm"], one["replicate"]) for one in known}
     found = []
@@ -58,14 +56,10 @@ def find(epoch: Epoch, known: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 def locate(
     found: Sequence[dict[str, Any]], trainer: Trainer, epoch: Epoch, before: Callable[[], States]
 ) -> None:
-    """Gives each of an epoch's divergences its layer: the first that was not finite.
+    """Gives each divergence of an epoch its layer: the first that was not finite.
 
-    None is looked for where devices normalize their shares of a batch on their own.
-
-    Args:
-        found: from `find`.
-        trainer, epoch: what the epoch was trained with, and what it left behind.
-        before: gives the states before it.
+    `before` gives the states before the epoch. No layer is looked for where devices normalize their
+    shares of a batch on their own.
     """
     if trainer.statistics == "local":
         return
@@ -124,11 +118,7 @@ def first_layer(state: TrainState, batch: Batch, *, train: bool) -> str | None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Those of a run.
-
-    Raises:
-        CheckpointError: if they cannot be read.
-    """
+    """Those of a run; a CheckpointError if they cannot be read."""
     file = path / FILE
     found = rundir.parse(file, file.read_bytes()) if file.exists() else []
     whole = isinstance(found, list) and all(
@@ -152,8 +142,7 @@ def truncate(path: Path, epochs: int) -> list[dict[str, Any]]:
 def describe(one: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     """In words."""
     when = f"in step {one['step']} of" if one["step"] else "in the evaluation after"
-    layer = one["layer"] and f"; not finite from {one['layer']} on"
-    if one["layer"] == LOSS:
-        layer = "; all layers were finite, the loss was not"
+    told = {None: "", LOSS: "; all layers were finite, the loss was not"}
+    layer = told.get(one["layer"], f"; not finite from {one['layer']} on")
     arm, replicate, epoch = labels[one["arm"]], one["replicate"], one["epoch"]
-    return f"{arm}, replicate {replicate} diverged {when} epoch {epoch}{layer or ''}"
+    return f"{arm}, replicate {replicate} diverged {when} epoch {epoch}{layer}"
