@@ -132,11 +132,10 @@ def estimate(
 def statistics_gap(
     running: Variables, population: Variables, *, epsilon: float = 1e-5
 ) -> dict[str, Gap]:
-    """The gap between the running and the population statistics of each layer.
+    """The gap between running statistics, as training left them, and those from `estimate`.
 
     Args:
-        running: variables with `batch_stats` as training left them.
-        population: variables with `batch_stats` from `estimate`.
+        running, population: variables with both in `batch_stats`.
         epsilon: of the layers.
 
     Returns:

@@ -42,12 +42,10 @@ def parse_mesh(text: str) -> dict[str, int]:
 def make_mesh(
     replicate: int = 1, data: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """Devices as a mesh with the axes `replicate` and `data`.
+    """Devices as a mesh: groups over which replicates are spread, each of `data` devices over which
+    the examples of each batch are.
 
-    Args:
-        replicate: over how many groups of devices to spread the replicates.
-        data: over how many devices to spread the examples of each batch.
-        devices: which to choose from, the first first; by default all.
+    Takes the first of `devices`, by default of all.
 
     Raises:
         ValueError: if there are fewer devices than that.
