@@ -8,7 +8,6 @@ epochs, the settings, and a SHA-256 over these and names, dtypes, shapes and byt
 import hashlib
 import json
 import math
-import os
 import re
 import time
 import warnings
@@ -20,13 +19,13 @@ import jax
 import numpy as np
 import safetensors.numpy
 
+from bnjax import files
 from bnjax.errors import CheckpointError, CheckpointWarning, DamagedCheckpointError, shorten
 from bnjax.parallel import processes
 from bnjax.parallel.mesh import place
 from bnjax.training import by_path
 
 KEEP = 2
-KINDS = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint", "C": "complex", "BOOL": "bool"}
 
 
 def file_of(directory: Path, epochs: int) -> Path:
@@ -41,15 +40,11 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         DamagedCheckpointError: if it is not as it was written.
         OSError: if it cannot be read.
     """
-    content = path.read_bytes()
     try:
-        arrays = {
-            name: np.frombuffer(tensor["data"], _dtype(tensor["dtype"])).reshape(tensor["shape"])
-            for name, tensor in safetensors.deserialize(content)
-        }
-        length = int.from_bytes(content[:8], "little")  # of the header, which holds the metadata
-        metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        with path.open("rb"), safetensors.safe_open(path, "numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
+    except (safetensors.SafetensorError, AttributeError) as error:  # NumPy lacks some of its types
         raise DamagedCheckpointError(f"{path}: it is damaged ({shorten(error)})") from error
     if metadata.pop("sha256", None) != _checksum(arrays, metadata):
         raise DamagedCheckpointError(f"{path}: it is damaged (its checksum is wrong)")
@@ -63,23 +58,17 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, settings: str = "") -> None:
-        """In `directory`, whose parent must exist when one is saved; `settings` are what decides
-        the numbers of the run, and checkpoints of others are refused.
-        """
+        """Those in `directory`, whose parent must exist; ones of other `settings` are refused."""
         self._directory = directory.absolute()
         self._settings = settings
-        self._latest: tuple[int, dict[str, np.ndarray], dict[str, str]] | None = None
 
     def save(self, epochs: int, states: Any) -> None:
         """Saves `states`, a pytree of arrays, as they are after `epochs` epochs."""
-        arrays = {  # copies, as the next epoch overwrites the states, in the order of their bytes
-            name: np.array(leaf, order="C")
-            for name, leaf in by_path(processes.gather(states)).items()
-        }
+        whole = by_path(processes.gather(states))
+        arrays = {name: np.asarray(leaf, order="C") for name, leaf in whole.items()}
         metadata = {"epochs": str(epochs), "settings": self._settings}
         checksum = _checksum(arrays, metadata)
         content = safetensors.numpy.save(arrays, {**metadata, "sha256": checksum})
-        self._latest = epochs, arrays, metadata
         path = file_of(self._directory, epochs)
         processes.run_on_all(lambda: _write(path, content) if processes.is_first() else None)
 
@@ -96,35 +85,31 @@ class Checkpoints:
         Raises:
             CheckpointError, OSError: as `at`.
         """
-        kept = _epochs(self._directory) if self._directory.is_dir() else []
-        for epochs in reversed(processes.allgather_object(kept)[0]):
+        for epochs in reversed(processes.allgather_object(_epochs(self._directory))[0]):
             path, problem = file_of(self._directory, epochs), None
-            if epochs > at_most:
-                problem = f"{path}: only {at_most} epochs are recorded"
-            else:
-                try:
-                    found = self.at(epochs, states)
-                except DamagedCheckpointError as error:
-                    problem = str(error)
+            try:
+                if epochs > at_most:
+                    raise DamagedCheckpointError(f"{path}: only {at_most} epochs are recorded")
+                found = self.at(epochs, states)
+            except DamagedCheckpointError as error:
+                problem = str(error)
             problems = list(filter(None, processes.allgather_object(problem)))
             if not problems:
                 return epochs, found
-            _set_aside(path, problems[0])
-        old = [path for path in self._directory.glob("*") if path.name.isdecimal()]
-        if old:
-            raise CheckpointError(f"{old[0]}: written by another version of bnjax; go on with it")
+            if processes.is_first():
+                aside = path.rename(path.with_name(f"damaged-{time.time_ns()}-{path.name}"))
+                told = f"{problems[0]}; an earlier state takes its place, it is now {aside.name}"
+                warnings.warn(told, CheckpointWarning, stacklevel=2)
         return 0, states
 
     def at(self, epochs: int, states: Any) -> Any:
         """The states after `epochs` epochs, of a checkpoint that is still kept.
 
-        Those that were saved or restored last are not read from the disk again. Raises as `load`,
-        and a CheckpointError if it holds states of another structure or other settings.
+        Raises as `load`, and a CheckpointError if it holds states of another structure or other
+        settings.
         """
         path = file_of(self._directory, epochs)
-        if self._latest is None or self._latest[0] != epochs:
-            self._latest = epochs, *load(path)
-        _, arrays, metadata = self._latest
+        arrays, metadata = load(path)
         if metadata["epochs"] != str(epochs):
             told = f"it holds the state after epoch {metadata['epochs']}"
             raise DamagedCheckpointError(f"{path}: it is damaged ({told})")
@@ -150,38 +135,15 @@ def _checksum(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> 
     return digest.hexdigest()
 
 
-def _dtype(code: str) -> np.dtype:
-    """NumPy's dtype, bfloat16 among them, which safetensors does not read for NumPy."""
-    kind = code.rstrip("0123456789")
-    return np.dtype(KINDS[kind] + code[len(kind) :])
-
-
 def _epochs(directory: Path) -> list[int]:
     """After how many epochs there are checkpoints."""
-    pattern = re.compile(r"epoch-(\d{3,})\.safetensors")
-    found = [pattern.fullmatch(file.name) for file in directory.iterdir()]
+    names = (file.name for file in directory.glob("epoch-*"))
+    found = (re.fullmatch(r"epoch-(\d{3,})\.safetensors", name) for name in names)
     return sorted(int(one[1]) for one in found if one)
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Makes the file appear whole, and removes all but the last few."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        for old in _epochs(path.parent)[:-KEEP]:
-            file_of(path.parent, old).unlink()
-    except OSError as error:  # that of writing names no file
-        raise OSError(error.errno, error.strerror, str(error.filename or path)) from error
-
-
-def _set_aside(path: Path, problem: str) -> None:
-    aside = processes.allgather_object(f"damaged-{time.time_ns()}-{path.name}")[0]
-    if processes.is_first():
-        path.rename(path.with_name(aside))
-    told = f"{problem}; an earlier state takes its place, it is now {aside}"
-    warnings.warn(told, CheckpointWarning, stacklevel=3)
+    """Makes the file appear, and removes all but the last few."""
+    files.write(path, content, sync=True)
+    for old in _epochs(path.parent)[:-KEEP]:
+        file_of(path.parent, old).unlink()

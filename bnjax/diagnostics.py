@@ -1,17 +1,23 @@
-"""Probes: pure functions `(model, variables, batch) -> dict of arrays` that look into a network.
+"""Looking into a network: what its layers give, its gradients, and what that says.
 
 `model` is any module called as `model.apply(variables, images, train=...)`. Its layers are the
 calls of `nn.Dense`, `nn.Conv` and what derives from them (`bnjax.layer_taps`), from the input on;
-the last gives the logits, the others are hidden, D of them. The units of features `[N, H]` are
-columns, those of `[N, H, W, C]` channels, and positions count as examples.
-A `batch` has `[N, ...]` images; only the probes of gradients, which work in training mode, read its
-labels. `train=True` normalizes with the statistics of the batch, as a network at initialization
-must; by default the running ones are used. Nothing draws random numbers: dropout must be off in
-training. What a module calls inside `nn.scan`, `nn.remat` and the like cannot be looked at: a
-ValueError.
+the last gives the logits, the others are hidden. A `batch` has `[N, ...]` images; only gradients,
+which are those of training mode, read its labels. `train=True` normalizes with the statistics of
+the batch, as a network at initialization must; by default the running ones are used. Nothing draws
+random numbers: dropout must be off in training. What a module calls inside `nn.scan`, `nn.remat`
+and the like cannot be looked at: a ValueError.
+
+Example:
+    >>> from bnjax.models import MLP
+    >>> model, batch = MLP((3, 3), 4), Batch(jnp.eye(4), jnp.arange(4))
+    >>> variables = model.init(jax.random.key(0), batch.images, train=True)
+    >>> layers = features(model, variables, batch)
+    >>> {name: int(effective_rank(layer)) for name, layer in layers.items()}
+    {'features_1': 3, 'features_2': 2}
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -39,7 +45,7 @@ def features(
     leaves the layer is what the next one is given: pooled and flattened if the module does that.
     """
     layers = layer_taps.hidden(model, variables, batch.images, train)
-    return _numbered("features", (layer.leaving for layer in layers))
+    return {f"features_{k}": layer.leaving for k, layer in enumerate(layers, start=1)}
 
 
 def preactivations(
@@ -47,7 +53,7 @@ def preactivations(
 ) -> dict[str, Array]:
     """What enters each hidden layer's activation, as `features`: `{"preactivations_1": ...}`."""
     layers = layer_taps.hidden(model, variables, batch.images, train)
-    return _numbered("preactivations", (layer.entering for layer in layers))
+    return {f"preactivations_{k}": layer.entering for k, layer in enumerate(layers, start=1)}
 
 
 def gradient_norms(model: nn.Module, variables: Variables, batch: Batch) -> dict[str, Array]:
@@ -112,129 +118,51 @@ def landscape(
     return {"losses": losses, "gradient_distances": distances}
 
 
-def activation_percentiles(
-    model: nn.Module,
-    variables: Variables,
-    batch: Batch,
-    *,
-    percentiles: Sequence[float] = (15, 50, 85),
-    train: bool = False,
-) -> dict[str, Array]:
-    """Percentiles of what enters each unit's activation: `{"percentiles_1": [P, H or C], ...}`.
-
-    Source: Ioffe & Szegedy (2015), figure 1 (b, c), draw them for one unit.
-    """
-    layers = preactivations(model, variables, batch, train=train).values()
-    wanted = jnp.asarray(percentiles)
-    return _numbered("percentiles", (jnp.percentile(_units(x), wanted, axis=0) for x in layers))
-
-
 def saturation(
-    model: nn.Module,
-    variables: Variables,
-    batch: Batch,
-    *,
-    slope: float = 0.01,
-    train: bool = False,
-) -> dict[str, Array]:
-    """Share of each hidden layer's values at which the activation is flat: `{"saturation": [D]}`.
+    values: Array, activation: Callable[[Array], Array], *, slope: float = 0.01
+) -> Array:
+    """Share of the values that enter an activation at which it is flat.
 
-    Flat means that the derivative of the layer's activation is smaller than `slope`: a sigmoid
-    beyond 4.58, tanh beyond 2.99, ReLU below 0.
-
-    Raises:
-        ValueError: if a hidden layer does not call its activation as `bnjax.models.Activation`.
+    Flat means that its derivative is smaller than `slope`: a sigmoid beyond 4.58, tanh beyond 2.99,
+    ReLU below 0.
     """
-
-    def flat(layer: layer_taps.Hidden) -> Array:
-        if layer.activation is None:
-            raise ValueError(
-                "the activation of a hidden layer cannot be seen: call it as "
-                "bnjax.models.Activation(function)(x)"
-            )
-        derivative = jax.vmap(jax.grad(layer.activation.function))
-        return jnp.mean(jnp.abs(derivative(layer.entering.ravel())) < slope)
-
-    layers = layer_taps.hidden(model, variables, batch.images, train)
-    return {"saturation": jnp.stack([flat(layer) for layer in layers])}
+    derivatives = jax.vmap(jax.grad(activation))(values.ravel())
+    return jnp.mean(jnp.abs(derivatives) < slope)
 
 
-def dead_units(
-    model: nn.Module, variables: Variables, batch: Batch, *, train: bool = False
-) -> dict[str, Array]:
-    """Share of each layer's units that are the same for every example: `{"dead_units": [D]}`."""
-    layers = features(model, variables, batch, train=train).values()
-    return {"dead_units": jnp.stack([jnp.mean(jnp.ptp(_units(x), axis=0) == 0) for x in layers])}
+def dead_units(layer: Array) -> Array:
+    """Share of a layer's units that are the same for every example.
+
+    Units are the columns of its features `[N, H]`, or the channels of `[N, H, W, C]`.
+    """
+    return jnp.mean(jnp.ptp(layer, axis=range(layer.ndim - 1)) == 0)
 
 
-def cosine_similarity(
-    model: nn.Module, variables: Variables, batch: Batch, *, train: bool = False
-) -> dict[str, Array]:
-    """Mean cosine of the angle between two examples' flattened features, over all pairs.
+def cosine_similarity(layer: Array) -> Array:
+    """Mean cosine of the angle between two examples' features `[N, ...]`, over all pairs.
 
         (|sum_i u_i|^2 - N) / (N (N - 1)),   u_i = x_i / |x_i|
 
-    Returns:
-        `{"cosine_similarity": [D]}`; 1 where all examples look alike but for their length. An
-        example whose features are all 0 counts as perpendicular to all others.
+    It is 1 where all examples look alike but for their length. One whose features are all 0 counts
+    as perpendicular to all others.
     """
-
-    def mean_cosine(layer: Array) -> Array:
-        count = layer.shape[0]
-        layer = layer.reshape(count, -1)
-        length = jnp.linalg.norm(layer, axis=1, keepdims=True)
-        units = layer / jnp.where(length == 0, 1, length)
-        return (jnp.sum(units.sum(axis=0) ** 2) - jnp.sum(units**2)) / (count * (count - 1))
-
-    layers = features(model, variables, batch, train=train).values()
-    return {"cosine_similarity": jnp.stack([mean_cosine(layer) for layer in layers])}
+    count = layer.shape[0]
+    rows = layer.reshape(count, -1)
+    length = jnp.linalg.norm(rows, axis=1, keepdims=True)
+    units = rows / jnp.where(length == 0, 1, length)
+    return (jnp.sum(units.sum(axis=0) ** 2) - jnp.sum(units**2)) / (count * (count - 1))
 
 
-def effective_rank(
-    model: nn.Module,
-    variables: Variables,
-    batch: Batch,
-    *,
-    threshold: float = 0.01,
-    train: bool = False,
-) -> dict[str, Array]:
-    """Number of singular values of each layer's features above `threshold` of the largest.
+def effective_rank(layer: Array, *, threshold: float = 0.01) -> Array:
+    """Number of singular values of the features `[N, ...]` above `threshold` of the largest.
 
-    Features are the matrix `[N, H]` of examples, with channels and positions flattened.
-
-    Returns:
-        `{"effective_rank": [D]}`, integers; 0 where all features are 0.
+    An example is a row, with channels and positions flattened. It is 0 where all features are 0.
 
     Source: Daneshmand et al., "Batch normalization provably avoids rank collapse" (2020), section
     2, count the same of the features' Gram matrix, whose eigenvalues are squares.
     """
-
-    def rank(layer: Array) -> Array:
-        values = jnp.linalg.svd(layer.reshape(layer.shape[0], -1), compute_uv=False)
-        return jnp.sum(values > threshold * values[0])
-
-    layers = features(model, variables, batch, train=train).values()
-    return {"effective_rank": jnp.stack([rank(layer) for layer in layers])}
-
-
-def train_eval_discrepancy(
-    model: nn.Module, variables: Variables, batch: Batch
-) -> dict[str, Array]:
-    """What forgetting to leave training mode does to the predictions of a batch.
-
-    Returns:
-        `{"changed": [], "logits": []}`: the share of examples that get another class, and the root
-        mean square difference of the logits.
-    """
-    images = to_float(batch.images)
-    evaluation, training = (
-        model.apply(variables, images, train=train, mutable=["batch_stats"])[0]
-        for train in (False, True)
-    )
-    return {
-        "changed": jnp.mean(evaluation.argmax(axis=1) != training.argmax(axis=1)),
-        "logits": jnp.sqrt(jnp.mean((evaluation - training) ** 2)),
-    }
+    values = jnp.linalg.svd(layer.reshape(layer.shape[0], -1), compute_uv=False)
+    return jnp.sum(values > threshold * values[0])
 
 
 def _loss(model: nn.Module, variables: Variables, batch: Batch) -> Callable[[Any], Array]:
@@ -246,12 +174,3 @@ def _loss(model: nn.Module, variables: Variables, batch: Batch) -> Callable[[Any
         return cross_entropy(logits, batch.labels).mean()
 
     return loss
-
-
-def _numbered(name: str, layers: Iterable[Array]) -> dict[str, Array]:
-    return {f"{name}_{number}": layer for number, layer in enumerate(layers, start=1)}
-
-
-def _units(layer: Array) -> Array:
-    """`[N, H]`, or `[N * H * W, C]`."""
-    return layer.reshape(-1, layer.shape[-1])

@@ -8,7 +8,7 @@ meet the same batches also where different programs train them on different devi
 
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +20,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
-from jax.stages import Compiled
 
 from bnjax import training
-from bnjax.parallel.mesh import constrain, map_replicates, replicate_data
+from bnjax.parallel.mesh import map_replicates, replicate_data, share
 from bnjax.training import AnyArray, Batch, Metrics, TrainState
 
 States = dict[str, TrainState]
@@ -122,10 +121,8 @@ def train_epoch(
 ) -> tuple[States, dict[str, Metrics]]:
     """One epoch of arms and replicates; each replicate has its own order of the examples.
 
-    Args:
-        states: the states before the epoch; they are donated and must not be used again.
-        epoch: counts from 1.
-        keys, examples, batch_size, drop_last, statistics: as `Trainer` has them.
+    The states before it are donated and must not be used again; the number of the `epoch` counts
+    from 1, and what else it takes is as `Trainer` has it.
 
     Returns:
         The states after the epoch, and per arm the metrics of each step, `[R, steps]`.
@@ -141,7 +138,7 @@ def train_epoch(
         )
 
     def step(states: States, batch: Batch) -> Any:
-        return on_devices(states, constrain(batch, mesh, "data"))
+        return on_devices(states, share(batch, mesh))
 
     def train(states: States, key: Array, epoch: Array, examples: Batch) -> Any:
         order = derive(key, "order", epoch)
@@ -156,7 +153,7 @@ def evaluate(states: States, examples: Batch, *, mesh: Mesh) -> dict[str, Metric
     """Evaluation-mode metrics `[R]` of every arm over all examples."""
 
     def step(state: TrainState, batch: Batch) -> Metrics:
-        return training.eval_step(state, constrain(batch, mesh, "data"))
+        return training.eval_step(state, share(batch, mesh))
 
     def evaluate_arms(states: States, examples: Batch) -> dict[str, Metrics]:
         return {arm: training.evaluate(states[arm], examples, step=step) for arm in states}
@@ -206,65 +203,53 @@ class Trainer:
         """Trains all arms and replicates epoch by epoch and evaluates each.
 
         Args:
-            states: initial ones or those of a checkpoint; they are donated to the first epoch.
+            states: initial ones or those of a checkpoint; they are donated.
             numbers: which epochs to run; they count from 1.
         """
         if not numbers:
             return
         with ThreadPoolExecutor() as pool:
-            programs = list(pool.map(partial(self._compile, states), self.placements))
+            compiled = pool.map(partial(self._compile, states), self.placements)
+            train, *evaluations = zip(*compiled, strict=True)
 
-        def start_all(calls: Iterator[T]) -> list[T]:
-            return [jax.block_until_ready(x) if self._take_turns else x for x in calls]
+        def start_all(programs: Sequence[Callable[..., T]], *inputs: Any) -> list[T]:
+            results = (program(*inputs) for program in programs)
+            return [jax.block_until_ready(x) if self._take_turns else x for x in results]
 
         for number in numbers:
             start = time.perf_counter()
-            results = start_all(
-                p.train_epoch(p.pick(states), self.keys, number, p.data[0]) for p in programs
-            )
-            jax.block_until_ready(results)
+            results = jax.block_until_ready(start_all(train, states, number))
             seconds = time.perf_counter() - start
             states, steps = (_merge(parts) for parts in zip(*results, strict=True))
-            on_train, on_test = (
-                _merge(start_all(p.evaluate[k](p.pick(states), p.data[k]) for p in programs))
-                for k in range(2)
-            )
+            on_train, on_test = (_merge(start_all(each, states)) for each in evaluations)
             yield Epoch(number, states, steps, on_train, on_test, seconds)
 
-    def _compile(self, states: States, placement: Placement) -> "_Programs":
-        mesh, names = placement.mesh, [arm.name for arm in placement.arms]
-        mine = {name: states[name] for name in names}
-        data = [replicate_data(batch, mesh) for batch in (self.train, self.test)]
-        step = train_epoch.lower(
-            mine,
-            self.keys,
-            1,
-            data[0],
-            batch_size=self.batch_size,
-            drop_last=self.drop_last,
-            mesh=mesh,
-            statistics=self.statistics,
-        )
-        checks = [evaluate.lower(mine, batch, mesh=mesh).compile() for batch in data]
-        return _Programs(names, data, step.compile(), checks)
+    def _compile(self, states: States, placement: Placement) -> list[Callable[..., Any]]:
+        """What trains the arms of a placement for an epoch, and evaluates them on each set."""
+        mesh = placement.mesh
+
+        def own(states: States) -> States:
+            return {arm.name: states[arm.name] for arm in placement.arms}
+
+        def evaluation(examples: Batch) -> Callable[[States], dict[str, Metrics]]:
+            program = evaluate.lower(own(states), examples, mesh=mesh).compile()
+            return lambda states: program(own(states), examples)
+
+        train, test = (replicate_data(examples, mesh) for examples in (self.train, self.test))
+        settings: dict[str, Any] = {"batch_size": self.batch_size, "drop_last": self.drop_last}
+        settings |= {"mesh": mesh, "statistics": self.statistics}
+        epoch = train_epoch.lower(own(states), self.keys, 1, train, **settings).compile()
+        return [
+            lambda states, number: epoch(own(states), self.keys, number, train),
+            evaluation(train),
+            evaluation(test),
+        ]
 
     @property
     def _take_turns(self) -> bool:
         """Whether programs that communicate would meet on devices, and wait for each other."""
         meshes = {placement.mesh for placement in self.placements}
         return len(self.placements) > len(meshes) and any(mesh.size > 1 for mesh in meshes)
-
-
-class _Programs(NamedTuple):
-    """The compiled programs of a placement, and the sets that they are given."""
-
-    arms: list[str]
-    data: list[Batch]  # to train on, and to test on
-    train_epoch: Compiled
-    evaluate: list[Compiled]  # on each of them
-
-    def pick(self, states: States) -> States:
-        return {arm: states[arm] for arm in self.arms}
 
 
 def _merge(parts: Iterable[dict[str, T]]) -> dict[str, T]:

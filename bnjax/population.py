@@ -44,38 +44,59 @@ class Gap(NamedTuple):
     std: Array
 
 
+def pool_batch_moments(batches: Sequence[Moments]) -> Moments:
+    """The moments of all samples together, however they are cut into batches.
+
+    Source: Wu & Johnson (2021), section 3; Chan, Golub & LeVeque (1979) for the merging.
+    """
+    return reduce(merge, batches)
+
+
+def average_batch_moments(batches: Sequence[Moments]) -> Moments:
+    """The average over batches that the paper's algorithm 2 prescribes.
+
+        mean = E[mean_B],   var = E[m / (m - 1) var_B]
+
+    with m samples per feature in a batch, and the same weight for every batch: exact for batches of
+    one size, drawn at random. PyTorch's `torch.optim.swa_utils.update_bn` does the same, and misses
+    the variance between the batches.
+
+    Source: Ioffe & Szegedy (2015), algorithm 2, steps 8 to 10.
+    """
+    mean: Any = np.mean([b.mean for b in batches], axis=0)
+    var: Any = np.mean([b.var * b.count / (b.count - 1) for b in batches], axis=0)
+    return Moments(mean, var, np.sum([b.count for b in batches], axis=0))
+
+
 def estimate(
     module: nn.Module,
     variables: Variables,
     batches: Iterable[AnyArray],
     *,
     layer_by_layer: bool = False,
+    combine: Callable[[Sequence[Moments]], Moments] = pool_batch_moments,
 ) -> Variables:
-    """The statistics of all samples together, however they are cut into batches.
-
-    Batches are merged by their counts, means and centred squares (`bnjax.moments.merge`), so that a
-    short one counts by its size. PyTorch's `torch.optim.swa_utils.update_bn` averages the batches'
-    statistics instead, each with the same weight, and misses the variance between them.
+    """The statistics of the population, of which `batches` are samples.
 
     Args:
         module: called as `module.apply(variables, x, train=False)`.
         variables: parameters, and `batch_stats` to be replaced.
         batches: `[N, ...]` images, uint8 in 0..255 or floating point, or pairs that begin with
-            them. Each is measured on the device, and all are merged on the host.
+            them. Each is measured on the device, and all are combined on the host.
         layer_by_layer: one pass over the batches for each layer, in which all earlier layers
             already use their population statistics, as they will in evaluation. Otherwise one pass
             in all, in which every layer sees what the batch's own statistics make of the earlier
             ones, as in training.
+        combine: makes one of the batches' moments, in float64: `pool_batch_moments` or
+            `average_batch_moments`.
 
     Returns:
-        `variables` with the mean and biased variance of the population in `batch_stats`.
+        `variables` with the mean and variance of the population in `batch_stats`.
 
     Raises:
         ValueError: if there is no batch or no batch normalization, a batch has fewer than two
             valid samples per feature, or `layer_by_layer` finds that `batches` can be read only
             once.
-
-    Source: Wu & Johnson (2021), section 3; Chan, Golub & LeVeque (1979) for the merging.
 
     Example:
         >>> from bnjax.models import MLP
@@ -87,36 +108,34 @@ def estimate(
         >>> bool(jnp.allclose(variables["batch_stats"]["BatchNorm_0"]["var"], pre.var(axis=0)))
         True
     """
-    return _replace(module, variables, batches, layer_by_layer, partial(reduce, merge))
-
-
-def average_batch_moments(
-    module: nn.Module,
-    variables: Variables,
-    batches: Iterable[AnyArray],
-    *,
-    layer_by_layer: bool = False,
-) -> Variables:
-    """The average over batches that the paper's algorithm 2 prescribes.
-
-        mean = E[mean_B],   var = E[m / (m - 1) var_B]
-
-    with m samples per feature in a batch, and the same weight for every batch: exact for batches of
-    one size, drawn at random. Arguments, results and errors are those of `estimate`.
-
-    Source: Ioffe & Szegedy (2015), algorithm 2, steps 8 to 10.
-    """
-    return _replace(module, variables, batches, layer_by_layer, _average)
+    if layer_by_layer and isinstance(batches, Iterator):
+        raise ValueError(
+            "layer_by_layer reads the batches once for each layer, found an iterator, which ends "
+            "after the first: pass a list"
+        )
+    first = list(islice(batches, 1)) if layer_by_layer else []
+    paths = [path for batch in first for path in layer_paths(module, variables, _images(batch))]
+    for path in paths or (None,):
+        found = [_measure(module.apply, path, variables, _images(batch)) for batch in batches]
+        if not (found and found[0]):
+            what = "batch normalization in the module" if found else "batch"
+            raise ValueError(f"there is nothing to estimate statistics from: found no {what}")
+        stats = flatten_dict(variables.get("batch_stats", {}))
+        for layer in found[0]:
+            moments = combine([_exact(*call) for layers in found for call in layers[layer]])
+            for name, value in (("mean", moments.mean), ("var", moments.var)):
+                stats[*layer, name] = jnp.asarray(value, found[0][layer][0][0].mean.dtype)
+        variables = {**variables, "batch_stats": unflatten_dict(stats)}
+    return variables
 
 
 def statistics_gap(
     running: Variables, population: Variables, *, epsilon: float = 1e-5
 ) -> dict[str, Gap]:
-    """The gap between the running and the population statistics of each layer.
+    """The gap between running statistics, as training left them, and those from `estimate`.
 
     Args:
-        running: variables with `batch_stats` as training left them.
-        population: variables with `batch_stats` from `estimate` or `average_batch_moments`.
+        running, population: variables with both in `batch_stats`.
         epsilon: of the layers.
 
     Returns:
@@ -145,36 +164,6 @@ def statistics_gap(
     return gaps
 
 
-def _replace(
-    module: nn.Module,
-    variables: Variables,
-    batches: Iterable[AnyArray],
-    layer_by_layer: bool,
-    combine: Callable[[list[Moments]], Moments],
-) -> Variables:
-    if layer_by_layer and isinstance(batches, Iterator):
-        raise ValueError(
-            "layer_by_layer reads the batches once for each layer, found an iterator, which ends "
-            "after the first: pass a list"
-        )
-    paths: Sequence[Path | None] = ()
-    for batch in islice(batches, 1 if layer_by_layer else 0):
-        paths = layer_paths(module, variables, _images(batch))
-    for path in paths or (None,):
-        measure = _compile(module, path)
-        found = [measure(variables, _images(batch)) for batch in batches]
-        if not (found and found[0]):
-            what = "batch normalization in the module" if found else "batch"
-            raise ValueError(f"there is nothing to estimate statistics from: found no {what}")
-        stats = flatten_dict(variables.get("batch_stats", {}))
-        for layer in found[0]:
-            moments = combine([_exact(*call) for layers in found for call in layers[layer]])
-            for name, value in (("mean", moments.mean), ("var", moments.var)):
-                stats[*layer, name] = jnp.asarray(value, found[0][layer][0][0].mean.dtype)
-        variables = {**variables, "batch_stats": unflatten_dict(stats)}
-    return variables
-
-
 def layer_paths(module: nn.Module, variables: Variables, images: AnyArray) -> list[Path]:
     """The paths of the batch normalizations of `[N, ...]` images, from the input on."""
     return list(layer_taps.outputs(module, variables, images, BATCH_NORMS, train=False))
@@ -184,17 +173,9 @@ def _images(batch: Any) -> AnyArray:
     return to_float(batch[0] if isinstance(batch, tuple | list) and batch else batch)
 
 
-def _compile(module: nn.Module, only: Path | None) -> Callable[[Variables, AnyArray], Any]:
-    """`_measure`, compiled once for a module; each time for one with fields that have no hash."""
-    try:
-        hash(module)
-    except TypeError:
-        return jax.jit(partial(_measure, module, only))
-    return partial(_measure_once, module, only)
-
-
+@partial(jax.jit, static_argnames=("apply", "only"))  # by identity: fields need no hash
 def _measure(
-    module: nn.Module, only: Path | None, variables: Variables, images: AnyArray
+    apply: Callable, only: Path | None, variables: Variables, images: AnyArray
 ) -> dict[Path, tuple[tuple[Moments, Array], ...]]:
     """Moments of what enters each layer, or `only` one, when it normalizes with them."""
 
@@ -211,12 +192,9 @@ def _measure(
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(substitute):
-        _, found = module.apply(variables, images, train=False, mutable=["batch_stats"])
+        _, found = apply(variables, images, train=False, mutable=["batch_stats"])
     stats = flatten_dict(found.get("batch_stats", {}))
     return {path[:-1]: calls for path, calls in stats.items() if path[-1] == "calls"}
-
-
-_measure_once = jax.jit(_measure, static_argnames=("module", "only"))
 
 
 def _moments(x: Array, axis: int | Sequence[int], mask: Array | None) -> tuple[Moments, Array]:
@@ -239,9 +217,3 @@ def _exact(moments: Moments, rest: Array) -> Moments:
     if (count < 2).any():
         raise ValueError("a batch has fewer than 2 valid samples per feature: leave it out")
     return Moments(mean + left_out, var, count)
-
-
-def _average(batches: list[Moments]) -> Moments:
-    mean: Any = np.mean([batch.mean for batch in batches], axis=0)
-    var: Any = np.mean([b.var * b.count / (b.count - 1) for b in batches], axis=0)
-    return Moments(mean, var, np.sum([batch.count for batch in batches], axis=0))

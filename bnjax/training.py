@@ -109,12 +109,9 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step on the mean cross entropy of the batch, in training mode.
 
-    Args:
-        state: the state before the step.
-        batch: `[B, ...]` images and `[B]` labels.
-        axis_name: a mapped axis over whose devices batches of the same size are spread, as PyTorch
-            distributes training: gradients are averaged, each device normalizes by its own
-            examples and drops on its own, and the running statistics are those of the first.
+    The devices of a mapped axis `axis_name` have batches of the same size each, as PyTorch
+    distributes training: gradients are averaged, each device normalizes by its own examples and
+    drops on its own, and the running statistics are those of the first.
 
     Returns:
         The state after the step, with updated running statistics in the dtypes that they had, and
@@ -215,7 +212,7 @@ def train_epoch(
     """Every example once, in an order drawn from `key`, as one compiled scan.
 
     Args:
-        state: the state before the epoch, of whatever type `step` takes.
+        state: of whatever type `step` takes.
         examples: the training set, resident on the device.
         key: decides the order and nothing else.
         batch_size: examples per step, at most the number of examples.

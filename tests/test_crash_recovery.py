@@ -262,14 +262,6 @@ class TestDamagedCheckpoint:
         assert call("--resume", path, "--epochs", EPOCHS).status == 0
         assert_equal_runs(path, reference.path)
 
-    def test_of_another_version_is_refused(self, three_epochs, tmp_path):
-        path = Path(shutil.copytree(three_epochs, tmp_path / "run"))
-        shutil.rmtree(path / "checkpoints")
-        (path / "checkpoints" / "3").mkdir(parents=True)
-        result = call("--resume", path, "--epochs", EPOCHS)
-        assert result.status == 2
-        assert f"{path / 'checkpoints' / '3'}: written by another version of bnjax" in result.err
-
     def test_all_of_them_give_way_to_the_beginning(self, reference, three_epochs, tmp_path):
         path = Path(shutil.copytree(three_epochs, tmp_path / "run"))
         truncate(saved(path, 3))

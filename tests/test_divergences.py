@@ -1,23 +1,17 @@
 """Finding the step and the layer in which a network stopped being finite."""
 
 import json
-from functools import partial
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from factories import norm_of
-from jax.sharding import AbstractMesh
 
 from bnjax import models, paired, training
 from bnjax.errors import CheckpointError
-from bnjax.layers import BatchNorm
-from bnjax.paired import Arm, Epoch, Placement, Trainer
-from bnjax.parallel.mesh import AXES
+from bnjax.paired import Epoch, Trainer
 from bnjax.training import Batch, Metrics
 from experiments.lab import divergences
 
@@ -50,14 +44,9 @@ def state(rate: float = 0.0):
     return training.create_state(MODEL, optax.sgd(rate), KEY, EXAMPLES.images)
 
 
-def trainer(shares: int | None = None):
-    """Of one replicate, whose batches of 8 are normalized in so many shares."""
-    placement = Placement(
-        (Arm("arm", MODEL, optax.sgd(0.0)),), AbstractMesh((1, shares or 1), AXES)
-    )
-    statistics = "local" if shares else "global"
-    keys = paired.replicate_keys(0, 1)
-    return Trainer([placement], keys, EXAMPLES, EXAMPLES, 8, statistics=statistics)
+def trainer():
+    """Of one replicate, in batches of 8."""
+    return Trainer([], paired.replicate_keys(0, 1), EXAMPLES, EXAMPLES, batch_size=8)
 
 
 def broken(layer: str, value: float = jnp.inf):
@@ -122,20 +111,6 @@ def test_an_epoch_is_gone_through_as_training_did(rate):
         layer = divergences.first_layer(there, batch, train=True)
         assert (layer is None) == (step < first)
     assert not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params))
-
-
-def test_shares_that_were_normalized_on_their_own_are_again():
-    ghosts = partial(BatchNorm, ddof=1, virtual_batch_size=2)
-    one, other = (
-        training.create_state(models.MLP((4,), 10, norm_of(norm)), optax.sgd(0.1), KEY, EXAMPLES[0])
-        for norm in (partial(BatchNorm, ddof=1), ghosts)
-    )
-    there = [
-        divergences.replay(start, trainer(shares), 0, 1, 5)[0].params
-        for start, shares in ((one, 4), (other, None), (one, 1))
-    ]
-    chex.assert_trees_all_close(there[0], there[1], rtol=1e-5, atol=1e-6)
-    assert np.abs(there[0]["Dense_1"]["kernel"] - there[2]["Dense_1"]["kernel"]).max() > 1e-4
 
 
 def test_the_last_batch_of_an_epoch_may_be_short():

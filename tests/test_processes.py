@@ -256,12 +256,17 @@ def test_a_process_with_other_data_is_refused_by_name(start, tmp_path, exists):
     assert not (tmp_path / "run").exists()
 
 
-def test_divergence_ends_all_processes_alike(start, tmp_path):
+@pytest.mark.parametrize(
+    ("statistics", "layers"), [("global", ["BatchNorm_0", "Dense_1"]), ("local", [None, None])]
+)
+def test_divergence_ends_all_processes_alike(start, tmp_path, statistics, layers):
     path = tmp_path / "run"
-    settings = "--epochs", 2, "--learning-rate", 1e30, "--bn-statistics", "local"
+    settings = "--epochs", 2, "--learning-rate", 1e30, "--bn-statistics", statistics
     results = end(start(2, *NETWORK, *settings, *SHARED, "--out", path))
     assert [result.status for result in results] == [3, 3], results
-    assert [mark["arm"] for mark in divergences.read(path)] == ["bn", "no_bn"]
+    marks = divergences.read(path)
+    assert [mark["arm"] for mark in marks] == ["bn", "no_bn"]
+    assert [mark["layer"] for mark in marks] == layers
 
 
 def test_process_0_is_not_where_it_should_be(monkeypatch):

@@ -9,11 +9,10 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
+from bnjax.losses import AnyArray
 from bnjax.names import choose
 
 AXES = ("replicate", "data")
-
-AnyArray = Array | np.ndarray
 
 T = TypeVar("T")
 
@@ -43,12 +42,10 @@ def parse_mesh(text: str) -> dict[str, int]:
 def make_mesh(
     replicate: int = 1, data: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """Devices as a mesh with the axes `replicate` and `data`.
+    """Devices as a mesh: groups over which replicates are spread, each of `data` devices over which
+    the examples of each batch are.
 
-    Args:
-        replicate: over how many groups of devices to spread the replicates.
-        data: over how many devices to spread the examples of each batch.
-        devices: which to choose from, the first first; by default all.
+    Takes the first of `devices`, by default of all.
 
     Raises:
         ValueError: if there are fewer devices than that.
@@ -76,21 +73,15 @@ def replicate_data(batch: T, mesh: Mesh) -> T:
     return jax.tree.map(lambda values: place(values, everywhere), batch)
 
 
-def constrain(tree: T, mesh: Mesh, *axes: str) -> T:
-    """Says, inside a compiled function, over which axes of the mesh arrays are spread.
+def share(batch: T, mesh: Mesh) -> T:
+    """Says, inside a compiled function, that the examples of a batch are spread over `data`.
 
-    With the examples of a batch spread over `data`, every sum over them, those of batch
-    normalization among them, is one over all devices of the axis: the compiler adds what has to be
-    communicated. The axis need not divide the batch.
-
-    Args:
-        tree: arrays.
-        mesh: where they are.
-        axes: one for each leading axis of the arrays; none for a copy on every device.
+    Every sum over them, those of batch normalization among them, is one over all devices of the
+    axis: the compiler adds what has to be communicated. The axis need not divide the batch.
     """
     if mesh.shape["data"] == 1:
-        return tree
-    return lax.with_sharding_constraint(tree, PartitionSpec(*axes))
+        return batch
+    return lax.with_sharding_constraint(batch, PartitionSpec("data"))
 
 
 def map_replicates(

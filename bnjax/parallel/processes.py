@@ -28,13 +28,9 @@ def start(
 ) -> None:
     """Joins the other processes; to be called before anything touches a device.
 
-    Without arguments JAX finds out from SLURM, Open MPI or Kubernetes. It ends a process that has
-    waited for `PATIENCE` seconds for another.
-
-    Args:
-        coordinator: `host:port` of process 0.
-        processes: how many there are.
-        process: which one this is, from 0.
+    The coordinator is `host:port` of process 0, and `process` tells which of so many this is, from
+    0. Without arguments JAX finds out from SLURM, Open MPI or Kubernetes. It ends a process that
+    has waited for `PATIENCE` seconds for another.
 
     Raises:
         ValueError: if nothing says which processes there are, or the coordinator cannot be reached.
@@ -42,14 +38,9 @@ def start(
     if coordinator is not None:
         _check_address(coordinator, process)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us
+    limits: Any = {"heartbeat_timeout_seconds": HEARTBEAT, "initialization_timeout": PATIENCE}
     try:
-        jax.distributed.initialize(
-            coordinator,
-            processes,
-            process,
-            heartbeat_timeout_seconds=HEARTBEAT,
-            initialization_timeout=PATIENCE,
-        )
+        jax.distributed.initialize(coordinator, processes, process, **limits)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
@@ -110,12 +101,10 @@ def allgather_object(value: Any) -> list[Any]:
     """What each process holds, given something that JSON can hold."""
     if count() == 1:
         return [value]
-    content = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    content = json.dumps(value).encode()
     length = int(multihost_utils.process_allgather(np.array(len(content))).max())
-    padded = np.zeros(length, np.uint8)
-    padded[: len(content)] = content
-    rows = multihost_utils.process_allgather(padded)
-    return [json.loads(row.tobytes().rstrip(b"\0")) for row in rows]
+    padded = np.frombuffer(content.ljust(length), np.uint8)
+    return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
 
 
 def run_on_all(work: Callable[[], T]) -> T:
@@ -149,10 +138,7 @@ def check_same(values: Mapping[str, Any]) -> None:
     """
     first, *others = allgather_object({"host": name(), **values})
     for other in others:
-        different = [
-            f"{field} {other[field]!r} instead of {first[field]!r}"
-            for field in sorted(values)
-            if other[field] != first[field]
-        ]
+        different = [field for field in sorted(values) if other[field] != first[field]]
         if different:
-            raise ValueError(f"{other['host']} has {', '.join(different)}")
+            told = [f"{field} {other[field]!r} instead of {first[field]!r}" for field in different]
+            raise ValueError(f"{other['host']} has {', '.join(told)}")

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -37,7 +38,8 @@ def run(settings: Settings) -> Evidence:
 
 
 def _percentiles(model: models.MLP, variables: Variables, batch: Batch) -> jax.Array:
-    return diagnostics.activation_percentiles(model, variables, batch)["percentiles_3"]
+    entering = diagnostics.preactivations(model, variables, batch)["preactivations_3"]
+    return jnp.percentile(entering, jnp.array([15, 50, 85]), axis=0)
 
 
 def _compare(

@@ -1,6 +1,7 @@
 """Batch normalization keeps the features of deep random networks from collapsing."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bnjax import diagnostics, initializers, models
@@ -21,8 +22,9 @@ def run(settings: Settings) -> Evidence:
         @jax.jit
         def probe(key: jax.Array) -> dict[str, jax.Array]:
             variables = model.init(key, to_float(batch.images), train=True)
-            rank = diagnostics.effective_rank(model, variables, batch, train=True)
-            return rank | diagnostics.cosine_similarity(model, variables, batch, train=True)
+            layers = diagnostics.features(model, variables, batch, train=True).values()
+            measures = (diagnostics.effective_rank, diagnostics.cosine_similarity)
+            return {of.__name__: jnp.stack([of(layer) for layer in layers]) for of in measures}
 
         found = [probe(key) for key in keys]
         return {what: np.array([one[what] for one in found]) for what in found[0]}  # [R, layers]

@@ -5,8 +5,8 @@ were finite and the evaluation after them was not; without a layer nobody could 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import flax.linen as nn
@@ -25,23 +25,29 @@ from experiments.lab import rundir
 
 FILE = "divergences.json"
 LOSS = "loss"
+FIELDS: dict[str, set[type]] = {
+    "arm": {str},
+    "replicate": {int},
+    "epoch": {int},
+    "step": {int, NoneType},
+    "layer": {str, NoneType},
+}
 
 
 def find(epoch: Epoch, known: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The replicates that stopped being finite in an epoch, their layers still None.
+    """The replicates that stopped being finite in an epoch, and are not known from earlier ones.
 
-    Args:
-        epoch: what it left behind, as NumPy can read it.
-        known: divergences of earlier epochs.
+    Metrics of the epoch are NumPy's; all layers are still None.
     """
     seen = {(one["arm"], one["replicate"]) for one in known}
     found = []
-    for arm, metrics in epoch.steps.items():
-        steps = ~np.isfinite(metrics.loss)  # [R, steps]
-        ends = ~np.isfinite(np.stack([epoch.train[arm].loss, epoch.test[arm].loss])).all(axis=0)
-        for replicate, lost in enumerate(steps):
-            if (lost.any() or ends[replicate]) and (arm, replicate) not in seen:
-                step = int(lost.argmax()) + 1 if lost.any() else None
+    for arm, steps in epoch.steps.items():
+        ends = [epoch.train[arm].loss, epoch.test[arm].loss]
+        lost = ~np.isfinite(np.column_stack([steps.loss, *ends]))  # [R, steps + 2]
+        for replicate in np.flatnonzero(lost.any(axis=1)).tolist():
+            if (arm, replicate) not in seen:
+                first = int(lost[replicate].argmax()) + 1
+                step = first if first <= steps.loss.shape[1] else None
                 place = {"arm": arm, "replicate": replicate, "epoch": epoch.number, "step": step}
                 found.append({**place, "layer": None})
     return found
@@ -50,14 +56,15 @@ def find(epoch: Epoch, known: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 def locate(
     found: Sequence[dict[str, Any]], trainer: Trainer, epoch: Epoch, before: Callable[[], States]
 ) -> None:
-    """Gives each of an epoch's divergences its layer: the first that was not finite.
+    """Gives each divergence of an epoch its layer: the first that was not finite.
 
-    Args:
-        found: from `find`.
-        trainer, epoch: what the epoch was trained with, and what it left behind.
-        before: gives the states before it.
+    `before` gives the states before the epoch. No layer is looked for where devices normalize their
+    shares of a batch on their own.
     """
-    started = processes.gather(before()) if any(one["step"] for one in found) else {}
+    if trainer.statistics == "local":
+        return
+    trained = any(one["step"] for one in found)
+    started: States = processes.gather(processes.run_on_all(before)) if trained else {}
     for one in found:
         arm, replicate, step = one["arm"], one["replicate"], one["step"]
         states = started[arm] if step else processes.gather(epoch.states[arm])
@@ -79,22 +86,11 @@ def replay(
     """
     key = paired.derive(trainer.keys[replicate], "order", epoch)
     order = np.asarray(training.draw_order(key, len(trainer.train.labels)))
-    size = trainer.batch_size
-    train_step: Any = training.train_step
-    if trainer.statistics == "local":
-        train_step = partial(_train_step, shares=trainer.placements[0].mesh.shape["data"])
-    batches = [training.take(trainer.train, order[k * size : (k + 1) * size]) for k in range(step)]
-    for batch in batches[:-1]:
-        state, _ = train_step(state, batch)
-    return state, batches[-1]
-
-
-@partial(jax.jit, static_argnames="shares")
-def _train_step(state: TrainState, batch: Batch, *, shares: int) -> tuple[TrainState, Any]:
-    """A step on a batch whose shares were normalized on their own."""
-    step = partial(training.train_step, axis_name="data")
-    parts = jax.tree.map(lambda a: a.reshape(shares, -1, *a.shape[1:]), batch)
-    return jax.vmap(step, in_axes=(None, 0), out_axes=None, axis_name="data")(state, parts)
+    starts = range(trainer.batch_size, len(order), trainer.batch_size)
+    *earlier, last = np.split(order, starts)[:step]
+    for index in earlier:
+        state, _ = training.train_step(state, training.take(trainer.train, index))
+    return state, training.take(trainer.train, last)
 
 
 def first_layer(state: TrainState, batch: Batch, *, train: bool) -> str | None:
@@ -122,26 +118,16 @@ def first_layer(state: TrainState, batch: Batch, *, train: bool) -> str | None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Those of a run.
-
-    Raises:
-        CheckpointError: if they cannot be read.
-    """
+    """Those of a run; a CheckpointError if they cannot be read."""
     file = path / FILE
     found = rundir.parse(file, file.read_bytes()) if file.exists() else []
-    if not isinstance(found, list) or not all(map(_is_divergence, found)):
+    whole = isinstance(found, list) and all(
+        isinstance(one, dict) and all(type(one.get(k, ...)) in of for k, of in FIELDS.items())
+        for one in found
+    )
+    if not whole:
         raise CheckpointError(f"{file} is damaged: it is no list of divergences")
     return found
-
-
-def _is_divergence(one: Any) -> bool:
-    return (
-        isinstance(one, dict)
-        and type(one.get("arm")) is str
-        and all(type(one.get(name)) is int for name in ("replicate", "epoch"))
-        and type(one.get("step", "")) in (int, type(None))
-        and type(one.get("layer", 0)) in (str, type(None))
-    )
 
 
 def truncate(path: Path, epochs: int) -> list[dict[str, Any]]:
@@ -156,8 +142,7 @@ def truncate(path: Path, epochs: int) -> list[dict[str, Any]]:
 def describe(one: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     """In words."""
     when = f"in step {one['step']} of" if one["step"] else "in the evaluation after"
-    layer = one["layer"] and f"; not finite from {one['layer']} on"
-    if one["layer"] == LOSS:
-        layer = "; all layers were finite, the loss was not"
+    told = {None: "", LOSS: "; all layers were finite, the loss was not"}
+    layer = told.get(one["layer"], f"; not finite from {one['layer']} on")
     arm, replicate, epoch = labels[one["arm"]], one["replicate"], one["epoch"]
-    return f"{arm}, replicate {replicate} diverged {when} epoch {epoch}{layer or ''}"
+    return f"{arm}, replicate {replicate} diverged {when} epoch {epoch}{layer}"

@@ -17,8 +17,8 @@ from jax.errors import JaxRuntimeError
 from rich.console import Console
 
 from bnjax.errors import CheckpointError, shorten
+from bnjax.files import WriteError
 from bnjax.parallel import processes
-from experiments.lab import rundir
 from experiments.lab.console import print_plain
 
 # The status of a run that has ended in order, but every replicate of one network diverged.
@@ -51,7 +51,7 @@ def optional(console: Console, what: str, then: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, rundir.WriteError) or processes.is_lost(error):
+        if isinstance(error, WriteError) or processes.is_lost(error):
             raise
         print_plain(console, f"NOTE: {what} ({shorten(error)}): {then}", style="bold yellow")
 

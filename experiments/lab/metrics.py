@@ -15,6 +15,7 @@ import numpy as np
 
 from bnjax import statistics
 from bnjax.errors import CheckpointError
+from bnjax.files import naming
 from bnjax.paired import Epoch
 from bnjax.parallel import processes
 from experiments.lab import rundir
@@ -56,7 +57,7 @@ def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     if not processes.is_first():
         return
     file = path / "metrics.jsonl"
-    with rundir.naming(file), file.open("ab") as stream:
+    with naming(file), file.open("ab") as stream:
         stream.write(_to_jsonl(lines))
         stream.flush()
         os.fsync(stream.fileno())

@@ -1,5 +1,6 @@
 """What the diagnostics see in all networks, kept in files from which the page is drawn."""
 
+import itertools
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -53,11 +54,10 @@ def _inspect(
         entering = diagnostics.preactivations(module, variables, sample).values()
         norms = diagnostics.gradient_norms(module, variables, sample)
         counts, edges = zip(*(jnp.histogram(values, BINS) for values in entering), strict=True)
-        percentiles = [jnp.percentile(values, jnp.array(PERCENTILES)) for values in entering]
         return {
             **diagnostics.features(module, variables, example),
             "gradient_norms": jnp.stack(list(norms.values())),
-            "percentiles": jnp.stack(percentiles),
+            "percentiles": jnp.stack([jnp.percentile(x, jnp.array(PERCENTILES)) for x in entering]),
             "histograms": jnp.stack(counts),
             "edges": jnp.stack(edges),
         }
@@ -82,10 +82,9 @@ def at_end(trainer: Trainer, states: States, replicate: int) -> dict[str, np.nda
         right[name] = predictions == test.labels
         for what, values in _statistics(arm.module, variables, trainer.train.images).items():
             found[f"{name}/{what}"] = values
-    for name in right:
-        others = [right[other] for other in right if other != name]
-        places = np.flatnonzero(right[name] & ~np.any(others, axis=0))[:KEPT]
-        found[f"only_{name}"] = places
+    alone = np.sum(list(right.values()), axis=0) == 1
+    for name, by_name in right.items():
+        found[f"only_{name}"] = places = np.flatnonzero(by_name & alone)[:KEPT]
         found[f"images_{name}"] = np.asarray(test.images)[places]
     return found
 
@@ -103,11 +102,9 @@ def _statistics(module: nn.Module, variables: Any, images: Any) -> Mapping[str, 
     if not paths:
         return {}
     batches = np.array_split(images, max(1, len(images) // CHUNK))
-    estimated = population.estimate(module, variables, batches)
-    found = {}
-    for kind, of_kind in (("running", variables), ("population", estimated)):
-        stats = flatten_dict(of_kind["batch_stats"])
-        for path in paths:
-            for name in ("mean", "var"):
-                found[f"{kind}/{'/'.join(path)}/{name}"] = np.asarray(stats[*path, name])
-    return found
+    kinds = {"running": variables, "population": population.estimate(module, variables, batches)}
+    stats = {kind: flatten_dict(of_kind["batch_stats"]) for kind, of_kind in kinds.items()}
+    return {
+        f"{kind}/{'/'.join(path)}/{name}": np.asarray(stats[kind][*path, name])
+        for kind, path, name in itertools.product(kinds, paths, ("mean", "var"))
+    }

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
+from bnjax import files
 from bnjax.errors import CheckpointError
 from bnjax.parallel import processes
 from bnjax.version import __version__
@@ -37,10 +38,6 @@ DATASET = dict.fromkeys(("name", "requested", "sha256"), str)
 
 class ReportWarning(UserWarning):
     """A part of a report that is missing."""
-
-
-class WriteError(OSError):
-    """A file of a run that cannot be written, by its name."""
 
 
 def default_path(preset: str, dataset: str) -> Path:
@@ -162,38 +159,21 @@ def is_finished(path: Path, epochs: int) -> bool:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name and renames it; makes its directory.
-
-    Of several processes the first writes, here and below.
-    """
-    if not processes.is_first():
-        return
-    partial = path.with_name(f".{path.name}.partial")
-    with naming(path):
-        path.parent.mkdir(exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
+    """Writes a file by `bnjax.files`; of several processes the first does, here and below."""
+    if processes.is_first():
+        files.write(path, content)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so."""
+    """Writes JSON."""
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes an `.npz` file so."""
+    """Writes an `.npz` file."""
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     write_bytes(path, buffer.getvalue())
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Has errors of the system name a file: those of writing do not."""
-    try:
-        yield
-    except OSError as error:
-        raise WriteError(error.errno, error.strerror, str(path)) from error
 
 
 def provenance() -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bnjax.errors import CheckpointError, shorten
+from bnjax.files import WriteError
 from bnjax.statistics import summarize
 from experiments.lab import divergences, metrics, presets, rundir
 from experiments.lab.run import Run
@@ -45,7 +46,7 @@ class Parts:
         try:
             if all(needed):
                 self.drawn[what] = make()
-        except (CheckpointError, rundir.WriteError):
+        except (CheckpointError, WriteError):
             raise
         except Exception as error:
             again = f"python -m experiments.report {self._path} tries again"
