@@ -12,6 +12,8 @@ from experiments.lab import metrics
 from experiments.lab.console import SHOWN, format_summary, print_plain
 from experiments.lab.presets import Experiment
 
+ACCURACY = "test_accuracy"
+
 
 @contextmanager
 def epoch_lines(
@@ -25,11 +27,11 @@ def epoch_lines(
     """Gives what prints an epoch, called with its lines of `metrics.jsonl`.
 
     Of more than two arms only the test accuracy, so that eight of them fit into 120 columns. On a
-    terminal a bar below the lines shows how many images are trained on in a second, and the time
-    left.
+    terminal a bar below the lines shows the latest test accuracy, of both arms or of the best, how
+    many images are trained on in a second, and the time left.
     """
     replicates, few = experiment.replicates, len(titles) < 3
-    shown = SHOWN if few else {"test_accuracy": SHOWN["test_accuracy"]}
+    shown = SHOWN if few else {ACCURACY: SHOWN[ACCURACY]}
     width = 32 if few else max(12, min(15, 100 // len(titles)))
 
     def line(parts: Iterable[str]) -> str:
@@ -37,13 +39,23 @@ def epoch_lines(
 
     def show(lines: Sequence[Mapping[str, Any]]) -> None:
         epoch, seconds = lines[0]["epoch"], lines[0]["seconds"]
+        means = {
+            arm: {metric: _mean(of_arm[metric][-1]) for metric in shown}
+            for arm, of_arm in metrics.curves(lines, list(titles)).items()
+        }
         told = line(
-            "".join(f"{_mean(metric, of_arm[metric][-1]):>10}" for metric in shown)
-            for of_arm in metrics.curves(lines, list(titles)).values()
+            "".join(f"{_format(metric, mean):>10}" for metric, mean in of_arm.items())
+            for of_arm in means.values()
         )
         print_plain(console, f"{f'{epoch}/{experiment.epochs}':<8}{told}{seconds:8.2f}")
+        latest = {arm: of_arm[ACCURACY] for arm, of_arm in means.items()}
+        best = max(latest, key=lambda arm: np.nan_to_num(latest[arm], nan=-1))
+        named = {arm: arm for arm in titles} if few else {best: f"best {best}"}
+        accuracies = ", ".join(
+            f"{name} {_format(ACCURACY, latest[a])}" for a, name in named.items()
+        )
         speed = examples * replicates * len(titles) / seconds
-        progress.update(task, completed=epoch, description=f"{speed:,.0f} images/s")
+        progress.update(task, completed=epoch, description=f"{accuracies}, {speed:,.0f} images/s")
 
     names = titles.values() if few else titles
     heads = line(name if len(name) < width else f"{name[: width - 2]}…" for name in names).rstrip()
@@ -65,7 +77,10 @@ def epoch_lines(
         yield show
 
 
-def _mean(metric: str, values: np.ndarray) -> str:
+def _mean(values: np.ndarray) -> float:
     finite = values[np.isfinite(values)]
-    mean = finite.mean() if len(finite) else np.nan
+    return float(finite.mean()) if len(finite) else np.nan
+
+
+def _format(metric: str, mean: float) -> str:
     return format_summary(metric, {"mean": mean, "sd": None})
