@@ -314,7 +314,7 @@ def pictures(model, shape=(6, 4, 4, 2), dtype=np.float32):
     """Variables of the model, and a batch."""
     images = np.random.default_rng(0).normal(size=shape).astype(dtype)
     batch = Batch(images, np.arange(len(images), dtype=np.int32) % 3)
-    return model.init(jax.random.key(0), images, train=True), batch
+    return jax.jit(partial(model.init, train=True))(jax.random.key(0), images), batch
 
 
 def test_a_module_of_ones_own_is_seen_layer_by_layer():
@@ -352,12 +352,14 @@ def test_gradients_in_convolutions_agree_with_the_network_written_out():
 
     shapes = {"Conv_0": (6, 4, 4, 3), "Dense_0": (6, 5), "Dense_1": (6, 3)}
     shifts = {name: np.zeros(shape) for name, shape in shapes.items()}
-    of_kernel, of_outputs = jax.grad(loss, (0, 1))(params["Conv_0"]["kernel"], shifts)
-    found = diagnostics.gradient_norms(model, variables, batch)
+    gradients = jax.jit(jax.grad(loss, (0, 1)))
+    of_kernel, of_outputs = gradients(params["Conv_0"]["kernel"], shifts)
+    found = jax.jit(partial(diagnostics.gradient_norms, model))(variables, batch)
     assert list(found) == list(shapes)
     assert found["Conv_0"] == pytest.approx(np.linalg.norm(of_kernel), rel=1e-10)
     expected = {name: np.linalg.norm(of_outputs[name]) for name in shapes}
-    assert_close(diagnostics.backpropagated_norms(model, variables, batch), expected, 1e-10)
+    found = jax.jit(partial(diagnostics.backpropagated_norms, model))(variables, batch)
+    assert_close(found, expected, 1e-10)
 
 
 @pytest.mark.parametrize(
@@ -368,12 +370,17 @@ def test_gradients_in_convolutions_agree_with_the_network_written_out():
     ],
 )
 def test_layers_come_in_the_order_of_their_calls_also_beyond_ten(model, names):
-    variables, batch = pictures(model)
-    variables = jax.tree.map(lambda a: a, variables)  # as JAX returns it: keys are sorted
-    assert list(diagnostics.gradient_norms(model, variables, batch)) == names
-    assert list(diagnostics.backpropagated_norms(model, variables, batch)) == names
-    numbers = [f"preactivations_{k}" for k in range(1, 12)]
-    assert list(diagnostics.preactivations(model, variables, batch)) == numbers
+    """Of variables as JAX returns them: with sorted keys."""
+    look = jax.eval_shape(partial(pictures, model))
+
+    def order(probe):
+        found = []
+        jax.eval_shape(lambda variables, batch: found.extend(probe(model, variables, batch)), *look)
+        return found
+
+    assert order(diagnostics.gradient_norms) == names
+    assert order(diagnostics.backpropagated_norms) == names
+    assert order(diagnostics.preactivations) == [f"preactivations_{k}" for k in range(1, 12)]
 
 
 class Seen(nn.Module):
@@ -391,27 +398,37 @@ def test_units_of_pictures_are_their_channels():
     variables, batch = pictures(model)
     variables["params"]["Conv_0"]["bias"] = np.array([-1e3, 0, 0, 0], np.float32)
     variables["params"]["Conv_1"]["kernel"] *= np.array([[[[0, 1, 100]]]], np.float32)
-    seen = [np.asarray(a) for a in diagnostics.preactivations(model, variables, batch).values()]
-    left = [np.asarray(a) for a in diagnostics.features(model, variables, batch).values()]
+
+    @jax.jit
+    def look(variables):
+        probes = (
+            diagnostics.preactivations,
+            diagnostics.features,
+            partial(diagnostics.activation_percentiles, percentiles=(50, 90)),
+            diagnostics.dead_units,
+            diagnostics.saturation,
+            diagnostics.cosine_similarity,
+            partial(diagnostics.effective_rank, threshold=0.3),
+        )
+        return [probe(model, variables, batch) for probe in probes]
+
+    *layers, percentiles, dead, flat, cosine, rank = jax.tree.map(np.asarray, look(variables))
+    seen, left = (list(of_layer.values()) for of_layer in layers)
     assert [a.shape for a in left] == [(6, 4, 4, 4), (6, 2, 2, 3)]
     np.testing.assert_array_equal(left[0], np.maximum(seen[0], 0))
-    found = diagnostics.activation_percentiles(model, variables, batch, percentiles=(50, 90))
     expected = {
         f"percentiles_{k}": np.percentile(a, (50, 90), axis=(0, 1, 2))
         for k, a in enumerate(seen, start=1)
     }
-    assert_close(found, expected, 1e-5)
-    dead = diagnostics.dead_units(model, variables, batch)["dead_units"]
-    assert dead == pytest.approx([1 / 4, 1 / 3])
-    flat = diagnostics.saturation(model, variables, batch)["saturation"]
-    assert flat == pytest.approx([np.mean(seen[0] < 0), np.mean(np.tanh(seen[1]) ** 2 > 0.99)])
+    assert_close(percentiles, expected, 1e-5)
+    assert dead["dead_units"] == pytest.approx([1 / 4, 1 / 3])
+    expected = [np.mean(seen[0] < 0), np.mean(np.tanh(seen[1]) ** 2 > 0.99)]
+    assert flat["saturation"] == pytest.approx(expected)
     rows = [a.reshape(6, -1) for a in left]
     cosines = [np.mean([a @ b for a, b in combinations(unit(x), 2)]) for x in rows]
-    found = diagnostics.cosine_similarity(model, variables, batch)["cosine_similarity"]
-    assert found == pytest.approx(cosines, rel=1e-5)
+    assert cosine["cosine_similarity"] == pytest.approx(cosines, rel=1e-5)
     ranks = [np.linalg.matrix_rank(x, tol=0.3 * np.linalg.norm(x, 2)) for x in rows]
-    found = diagnostics.effective_rank(model, variables, batch, threshold=0.3)["effective_rank"]
-    assert found.tolist() == ranks
+    assert rank["effective_rank"].tolist() == ranks
 
 
 class Doubled(nn.Dense):
@@ -442,7 +459,7 @@ def test_calls_of_a_layer_count_together_in_what_is_backpropagated():
         y = 2 * jnp.tanh(x @ dense + shifts[1]) @ doubled + shifts[2]
         return -jax.nn.log_softmax(y)[np.arange(6), batch.labels].mean()
 
-    first, second, last = jax.grad(loss)([np.zeros((6, n)) for n in (4, 4, 3)])
+    first, second, last = jax.jit(jax.grad(loss))([np.zeros((6, n)) for n in (4, 4, 3)])
     expected = {"Dense_0": np.linalg.norm([first, second]), "Doubled_0": np.linalg.norm(last)}
     assert_close(diagnostics.backpropagated_norms(model, variables, batch), expected, 1e-12)
     assert len(diagnostics.features(model, variables, batch)) == 2

@@ -26,7 +26,7 @@ gradient_norms = jax.jit(diagnostics.gradient_norms, static_argnums=0)
 def trained():
     """Two replicates after an epoch, with what they saw."""
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (700, 28, 28)).astype(np.uint8)
+    images = rng.integers(0, 256, (700, 8, 8)).astype(np.uint8)
     data = Batch(images, rng.integers(0, 10, 700).astype(np.int32))
     arms = tuple(Arm(name, module, optax.adam(1e-2)) for name, module in MODULES.items())
     placements = [Placement((arm,), make_mesh()) for arm in arms]
