@@ -20,7 +20,15 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# What takes longest begins first, so that at the end no process works alone.
+LONGEST = ("test_processes", "test_claims", "test_readme", "test_devices", "test_crash_recovery")
+
 SHARED_MNIST = Path(__file__).parents[2] / "shared" / "mnist"
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(scope="module", autouse=True)

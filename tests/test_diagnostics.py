@@ -285,7 +285,7 @@ def pictures(model, shape=(6, 4, 4, 2), dtype=np.float32):
     """Variables of the model, and a batch."""
     images = np.random.default_rng(0).normal(size=shape).astype(dtype)
     batch = Batch(images, np.arange(len(images), dtype=np.int32) % 3)
-    return model.init(jax.random.key(0), images, train=True), batch
+    return jax.jit(partial(model.init, train=True))(jax.random.key(0), images), batch
 
 
 def test_a_module_of_ones_own_is_seen_layer_by_layer():
@@ -321,12 +321,14 @@ def test_gradients_in_convolutions_agree_with_the_network_written_out():
 
     shapes = {"Conv_0": (6, 4, 4, 3), "Dense_0": (6, 5), "Dense_1": (6, 3)}
     shifts = {name: np.zeros(shape) for name, shape in shapes.items()}
-    of_kernel, of_outputs = jax.grad(loss, (0, 1))(params["Conv_0"]["kernel"], shifts)
-    found = diagnostics.gradient_norms(model, variables, batch)
+    gradients = jax.jit(jax.grad(loss, (0, 1)))
+    of_kernel, of_outputs = gradients(params["Conv_0"]["kernel"], shifts)
+    found = jax.jit(partial(diagnostics.gradient_norms, model))(variables, batch)
     assert list(found) == list(shapes)
     assert found["Conv_0"] == pytest.approx(np.linalg.norm(of_kernel), rel=1e-10)
     expected = {name: np.linalg.norm(of_outputs[name]) for name in shapes}
-    assert_close(diagnostics.backpropagated_norms(model, variables, batch), expected, 1e-10)
+    found = jax.jit(partial(diagnostics.backpropagated_norms, model))(variables, batch)
+    assert_close(found, expected, 1e-10)
 
 
 @pytest.mark.parametrize(
@@ -337,12 +339,17 @@ def test_gradients_in_convolutions_agree_with_the_network_written_out():
     ],
 )
 def test_layers_come_in_the_order_of_their_calls_also_beyond_ten(model, names):
-    variables, batch = pictures(model)
-    variables = jax.tree.map(lambda a: a, variables)  # as JAX returns it: keys are sorted
-    assert list(diagnostics.gradient_norms(model, variables, batch)) == names
-    assert list(diagnostics.backpropagated_norms(model, variables, batch)) == names
-    numbers = [f"preactivations_{k}" for k in range(1, 12)]
-    assert list(diagnostics.preactivations(model, variables, batch)) == numbers
+    """Of variables as JAX returns them: with sorted keys."""
+    look = jax.eval_shape(partial(pictures, model))
+
+    def order(probe):
+        found = []
+        jax.eval_shape(lambda variables, batch: found.extend(probe(model, variables, batch)), *look)
+        return found
+
+    assert order(diagnostics.gradient_norms) == names
+    assert order(diagnostics.backpropagated_norms) == names
+    assert order(diagnostics.preactivations) == [f"preactivations_{k}" for k in range(1, 12)]
 
 
 class Seen(nn.Module):
@@ -360,19 +367,27 @@ def test_units_of_pictures_are_their_channels():
     variables, batch = pictures(model)
     variables["params"]["Conv_0"]["bias"] = np.array([-1e3, 0, 0, 0], np.float32)
     variables["params"]["Conv_1"]["kernel"] *= np.array([[[[0, 1, 100]]]], np.float32)
-    seen = list(diagnostics.preactivations(model, variables, batch).values())
-    left = list(diagnostics.features(model, variables, batch).values())
+
+    @jax.jit
+    def look(variables):
+        seen = list(diagnostics.preactivations(model, variables, batch).values())
+        left = list(diagnostics.features(model, variables, batch).values())
+        ranks = [diagnostics.effective_rank(a, threshold=0.3) for a in left]
+        dead, cosines = (
+            [probe(a) for a in left]
+            for probe in (diagnostics.dead_units, diagnostics.cosine_similarity)
+        )
+        return seen, left, dead, cosines, ranks, diagnostics.saturation(seen[1], nn.tanh)
+
+    seen, left, dead, cosines, ranks, flat = jax.tree.map(np.asarray, look(variables))
     assert [a.shape for a in left] == [(6, 4, 4, 4), (6, 2, 2, 3)]
     np.testing.assert_array_equal(left[0], np.maximum(seen[0], 0))
-    dead = [diagnostics.dead_units(a) for a in left]
     assert dead == pytest.approx([1 / 4, 1 / 3])
-    flat = diagnostics.saturation(seen[1], nn.tanh)
     assert flat == pytest.approx(np.mean(np.tanh(seen[1]) ** 2 > 0.99))
-    rows = [np.reshape(a, (6, -1)) for a in left]
-    cosines = [np.mean([a @ b for a, b in combinations(unit(x), 2)]) for x in rows]
-    assert [diagnostics.cosine_similarity(a) for a in left] == pytest.approx(cosines, rel=1e-5)
-    ranks = [np.linalg.matrix_rank(x, tol=0.3 * np.linalg.norm(x, 2)) for x in rows]
-    assert [diagnostics.effective_rank(a, threshold=0.3) for a in left] == ranks
+    rows = [a.reshape(6, -1) for a in left]
+    expected = [np.mean([a @ b for a, b in combinations(unit(x), 2)]) for x in rows]
+    assert cosines == pytest.approx(expected, rel=1e-5)
+    assert ranks == [np.linalg.matrix_rank(x, tol=0.3 * np.linalg.norm(x, 2)) for x in rows]
 
 
 class Doubled(nn.Dense):
@@ -403,7 +418,7 @@ def test_calls_of_a_layer_count_together_in_what_is_backpropagated():
         y = 2 * jnp.tanh(x @ dense + shifts[1]) @ doubled + shifts[2]
         return -jax.nn.log_softmax(y)[np.arange(6), batch.labels].mean()
 
-    first, second, last = jax.grad(loss)([np.zeros((6, n)) for n in (4, 4, 3)])
+    first, second, last = jax.jit(jax.grad(loss))([np.zeros((6, n)) for n in (4, 4, 3)])
     expected = {"Dense_0": np.linalg.norm([first, second]), "Doubled_0": np.linalg.norm(last)}
     assert_close(diagnostics.backpropagated_norms(model, variables, batch), expected, 1e-12)
     assert len(diagnostics.features(model, variables, batch)) == 2

@@ -1,3 +1,5 @@
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -31,12 +33,12 @@ def separate_placements():
     return [Placement((BN,), make_mesh()), Placement((NO_BN,), make_mesh())]
 
 
-def make_trainer(placements, replicates=2, seed=0, **settings):
+def make_trainer(placements, replicates=3, seed=0, **settings):
     keys = paired.replicate_keys(seed, replicates)
     return Trainer(placements, keys, examples(), examples(seed=1), batch_size=8, **settings)
 
 
-def run(placements, replicates=2, seed=0, epochs=range(1, 3), states=None):
+def run(placements, replicates=3, seed=0, epochs=range(1, 3), states=None):
     """The epochs of a run, with the states copied."""
     trainer = make_trainer(placements, replicates, seed)
     results = trainer.epochs(states or trainer.initial_states(), epochs)
@@ -63,14 +65,14 @@ def test_a_replicate_is_bitwise_the_same_among_any_number_of_others():
 
 
 def test_replicates_differ_in_weights_and_order():
-    (epoch,) = run(separate_placements(), 2, epochs=range(1, 2))
+    (epoch,) = run(separate_placements(), epochs=range(1, 2))
     losses = epoch.steps["bn"].loss
     assert (losses[0] != losses[1]).all()
 
 
 def test_a_replicate_is_its_arm_trained_alone():
     epochs = run(separate_placements())
-    key = paired.replicate_keys(0, 2)[1]
+    key = paired.replicate_keys(0, 3)[1]
     data = jax.tree.map(jnp.asarray, examples())
     for side in (BN, NO_BN):
         state = training.create_state(
@@ -150,9 +152,11 @@ def test_a_mesh_larger_than_the_machine_is_refused():
 def test_the_feature_probe_shows_what_leaves_each_layer():
     model = models.MLP((6, 5), 10)
     batch = jax.tree.map(jnp.asarray, examples(3))
-    variables = model.init(jax.random.key(0), training.to_float(batch.images), train=True)
+    images = training.to_float(batch.images)
+    variables = jax.jit(partial(model.init, train=True))(jax.random.key(0), images)
     probe = jax.jit(diagnostics.features, static_argnums=0)(model, variables, batch)
-    _, features = model.apply(variables, batch.images / 255, train=False, return_features=True)
+    apply = jax.jit(partial(model.apply, train=False, return_features=True))
+    _, features = apply(variables, batch.images / 255)
     assert list(probe) == ["features_1", "features_2"]
     for ours, expected in zip(probe.values(), features, strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)

@@ -1,5 +1,7 @@
 """What is recorded of both networks, against networks small enough to look into."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import optax
@@ -26,7 +28,7 @@ gradient_norms = jax.jit(diagnostics.gradient_norms, static_argnums=0)
 def trained():
     """Two replicates after an epoch, with what they saw."""
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (700, 28, 28)).astype(np.uint8)
+    images = rng.integers(0, 256, (700, 8, 8)).astype(np.uint8)
     data = Batch(images, rng.integers(0, 10, 700).astype(np.int32))
     arms = tuple(Arm(name, module, optax.adam(1e-2)) for name, module in MODULES.items())
     placements = [Placement((arm,), make_mesh()) for arm in arms]
@@ -100,7 +102,8 @@ def test_the_end_has_running_statistics_and_those_of_the_training_set(trained, a
 
 def test_layers_stand_in_the_order_of_their_calls_also_beyond_ten():
     module, images = Nested(11), np.zeros((4, 8, 8), np.uint8)
-    variables = module.init(jax.random.key(0), np.ones((2, 8, 8), np.float32), train=True)
+    init = jax.jit(partial(module.init, train=True))
+    variables = init(jax.random.key(0), np.ones((2, 8, 8), np.float32))
     found = probes._statistics(module, jax.tree.map(np.asarray, variables), images)
     names = [f"Block_{k}/BatchNorm_0/{name}" for k in range(11) for name in ("mean", "var")]
     assert list(found) == [f"{kind}/{name}" for kind in ("running", "population") for name in names]
@@ -110,7 +113,8 @@ def test_predictions_beyond_the_classes_stay_what_they_are():
     """The preset boostcourse has 512 outputs; 259 is not 3."""
     module = models.MLP((4,), 512, norm=None)
     images = np.zeros((3, 28, 28), np.uint8)
-    variables = module.init(jax.random.key(0), np.zeros((2, 784), np.float32), train=False)
+    init = jax.jit(partial(module.init, train=False))
+    variables = init(jax.random.key(0), np.zeros((2, 784), np.float32))
     variables["params"]["Dense_1"]["bias"] = jax.nn.one_hot(259, 512) * 100
     batch = Batch(images, np.full(3, 3, np.int32))
     assert probes._predict(module, variables, batch).tolist() == [259] * 3

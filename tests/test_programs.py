@@ -51,7 +51,8 @@ def examples(count=32):
 def make_state(layer=None, optimizer=None, **fields):
     norm = {"norm": norm_of(layer)} if layer else {}
     model = models.MLP((8, 8), 3, **norm, **fields)
-    return training.create_state(model, optimizer or optax.sgd(0.1), KEY, np.ones((4, 6), "f"))
+    optimizer = optimizer or optax.sgd(0.1)
+    return jax.jit(partial(training.create_state, model, optimizer))(KEY, np.ones((4, 6), "f"))
 
 
 def exported(function, *shapes, constraints=()):
@@ -136,7 +137,7 @@ class TestExport:
     @pytest.mark.parametrize("shape", [(6,), (2, 3)])
     def test_networks(self, shape, folded):
         model = models.MLP((8, 5), 3, dropout_rate=0.3)
-        variables = model.init(KEY, normal(4, *shape), train=True)
+        variables = jax.jit(partial(model.init, train=True))(KEY, normal(4, *shape))
         if folded:
             model, variables = models.fold_batch_norm(model, variables)
         symbolic = f"(n, {', '.join(map(str, shape))})", "f"
@@ -161,7 +162,7 @@ class TestExport:
 
         call = exported(run, ("(n, 6)", "f"), ("(n,)", "i"))
         for count in (2, 40):
-            assert_close(call(*examples(count)), run(*examples(count)), 1e-4)
+            assert_close(call(*examples(count)), jax.jit(run)(*examples(count)), 1e-4)
 
     def test_an_epoch_needs_a_batch_to_be_known(self):
         state = make_state()
@@ -179,7 +180,7 @@ class TestExport:
     @pytest.mark.parametrize("name", ["features", "preactivations", "gradient_norms"])
     def test_diagnostics(self, name):
         model = models.MLP((8, 5), 3)
-        variables = model.init(KEY, normal(4, 6), train=True)
+        variables = jax.jit(partial(model.init, train=True))(KEY, normal(4, 6))
 
         def look(images, labels):
             return getattr(diagnostics, name)(model, variables, Batch(images, labels))

@@ -25,9 +25,11 @@ MODULES = sorted(set(re.findall(r"python -m (experiments\.\w+)", TEXT)))
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """Where a reader has run the first command, on digits."""
+    """Where a reader has run the first command: on digits, and with networks that
+    test_after_training.py has, too: what one compiles the other finds."""
     home = tmp_path_factory.mktemp("home")
-    arguments = "--dataset", "digits", "--epochs", 1, "--out", home / "runs" / "first"
+    network = "--hidden-sizes", 5, "--num-classes", 10
+    arguments = "--dataset", "digits", *network, "--epochs", 1, "--out", home / "runs" / "first"
     assert call(*arguments).status == 0
     return home
 

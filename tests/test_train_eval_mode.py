@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from command import blank_pictures
 from factories import noise, write_idx
 
 from experiments import train_eval_mode
@@ -55,7 +56,8 @@ def test_the_picture_is_there(lesson):
 
 def test_the_same_seed_teaches_the_same_lesson(lesson, tmp_path):
     arguments = ["--dataset", "digits", "--epochs", "10", "--seed", "1"]
-    assert train_eval_mode.main([*arguments, "--out", str(tmp_path / "again")]) == 0
+    with blank_pictures():
+        assert train_eval_mode.main([*arguments, "--out", str(tmp_path / "again")]) == 0
     assert json.loads((tmp_path / "again" / "numbers.json").read_text()) == lesson[1]
 
 
@@ -72,7 +74,8 @@ def test_a_handful_of_images_is_enough(tmp_path, capsys):
 @pytest.mark.parametrize(("arm", "told"), [("batch_renorm", "Batch re"), ("ghost_bn(2)", "Ghost")])
 def test_another_arm(tmp_path, capsys, arm, told):
     arguments = [*write_images(tmp_path / "data", 30, 7), "--out", str(tmp_path / "out")]
-    assert train_eval_mode.main([*arguments, "--arm", arm, "--epochs", "1"]) == 0
+    with blank_pictures():
+        assert train_eval_mode.main([*arguments, "--arm", arm, "--epochs", "1"]) == 0
     assert json.loads((tmp_path / "out" / "numbers.json").read_text())["arm"] == arm
     assert f"2. {told}" in capsys.readouterr().out
 
