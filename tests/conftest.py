@@ -94,15 +94,18 @@ def make_cache(home: Path) -> Path:
     return home
 
 
-@pytest.fixture(scope="session")
-def cache_home(tmp_path_factory) -> Path:
-    """A cache that several tests share."""
-    return make_cache(tmp_path_factory.mktemp("cache_home"))
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory):
+    """A cache that several tests share; neither the user's data nor the user's cache are seen."""
+    home = make_cache(tmp_path_factory.mktemp("cache_home"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("BNJAX_DATA_DIR", raising=False)
+        patch.setenv("TFDS_DATA_DIR", str(home / "no tfds"))
+        patch.setenv("XDG_CACHE_HOME", str(home))
+        yield home
 
 
 @pytest.fixture(autouse=True)
-def no_surroundings(monkeypatch, tmp_path_factory):
-    """Tests see neither the user's data nor the user's cache."""
-    monkeypatch.delenv("BNJAX_DATA_DIR", raising=False)
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.getbasetemp() / "no tfds"))
+def own_cache(monkeypatch, tmp_path_factory):
+    """Each test begins with a cache of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(make_cache(tmp_path_factory.mktemp("cache"))))
