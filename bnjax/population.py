@@ -11,7 +11,7 @@ are `bnjax.BatchNorm` or `flax.linen.BatchNorm`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial, reduce
+from functools import lru_cache, partial, reduce
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -113,10 +113,14 @@ def estimate(
             "layer_by_layer reads the batches once for each layer, found an iterator, which ends "
             "after the first: pass a list"
         )
+    try:
+        apply = _shared_apply(module)
+    except TypeError:  # fields without a hash: what is compiled is this module's alone
+        apply = module.apply
     first = list(islice(batches, 1)) if layer_by_layer else []
     paths = [path for batch in first for path in layer_paths(module, variables, _images(batch))]
     for path in paths or (None,):
-        found = [_measure(module.apply, path, variables, _images(batch)) for batch in batches]
+        found = [_measure(apply, path, variables, _images(batch)) for batch in batches]
         if not (found and found[0]):
             what = "batch normalization in the module" if found else "batch"
             raise ValueError(f"there is nothing to estimate statistics from: found no {what}")
@@ -173,7 +177,13 @@ def _images(batch: Any) -> AnyArray:
     return to_float(batch[0] if isinstance(batch, tuple | list) and batch else batch)
 
 
-@partial(jax.jit, static_argnames=("apply", "only"))  # by identity: fields need no hash
+@lru_cache
+def _shared_apply(module: nn.Module) -> Callable:
+    """One `apply` of all modules that are equal, so that they share what is compiled."""
+    return module.apply
+
+
+@partial(jax.jit, static_argnames=("apply", "only"))
 def _measure(
     apply: Callable, only: Path | None, variables: Variables, images: AnyArray
 ) -> dict[Path, tuple[tuple[Moments, Array], ...]]:

@@ -381,7 +381,7 @@ def test_without_a_home_a_cache_that_is_named_does(server, arrays, monkeypatch, 
     [
         (mnist_bn.main, loop, "run", []),
         (sweep.main, sweep, "_train_once", []),
-        (reproduce.main, reproduce, "run", ["all"]),
+        (reproduce.main, reproduce, "measure", ["all"]),
     ],
     ids=["mnist_bn", "sweep", "reproduce"],
 )
