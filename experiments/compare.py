@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from experiments.lab import exits, metrics, rundir
+from experiments.lab import exits, metrics, options, rundir
 from experiments.lab.console import SHOWN, print_plain
 from experiments.lab.run import Run
 
@@ -112,7 +112,12 @@ def write(path: Path, compared: Mapping[str, Run]) -> None:
         minus, title = f" minus {run.reference}", f", minus {run.titles[run.reference]}"
         titles |= {arm + minus: run.titles[arm] + title for arm in run.others}
     page = render(
-        "compare.html.j2", **content, compared=compared, curves=svg_uri(picture), titles=titles
+        "compare.html.j2",
+        **content,
+        compared=compared,
+        curves=svg_uri(picture),
+        repeat=options.repeat,
+        titles=titles,
     )
     rundir.write_bytes(path / "compare.html", page.encode(errors="replace"))
 

@@ -17,7 +17,6 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
 from bnjax.statistics import summarize
-from experiments.lab.run import Run
 
 Probes = Mapping[str, np.ndarray]
 Curves = Mapping[Any, Mapping[str, np.ndarray]]
@@ -93,8 +92,8 @@ def curves(by_arm: Curves, styles: Styles, columns: int = 4) -> Figure:
     return figure
 
 
-def overlay(runs: Mapping[str, Run]) -> Figure:
-    """The same curves of runs by name: a colour for each run, dash and marker for each arm."""
+def overlay(runs: Mapping[str, Any]) -> Figure:
+    """The same curves of each `Run` by name: a colour for each, dash and marker for each arm."""
     of_arms = arm_styles({arm: "" for run in runs.values() for arm in run.arms})
     lines, styles = {}, {}
     for k, (name, run) in enumerate(runs.items()):

@@ -5,7 +5,7 @@ from typing import Any
 
 import jinja2
 
-from experiments.lab import console, options
+from experiments.lab import console
 
 
 def render(template: str, **values: Any) -> str:
@@ -17,12 +17,12 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["png_uri"] = png_uri
     environment.globals |= {
         "certainty": console.format_certainty,
         "final": console.format_final,
         "format": console.format_summary,
         "one_replicate": console.ONE_REPLICATE,
-        "repeat": options.repeat,
         "shown": console.SHOWN,
     }
     return environment.get_template(template).render(**values)

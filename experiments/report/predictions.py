@@ -7,7 +7,6 @@ import numpy as np
 from PIL import Image
 
 from experiments.report.figures import Probes
-from experiments.report.page import png_uri
 
 CLASSES = 10
 
@@ -38,8 +37,8 @@ def mistakes(counts: np.ndarray) -> np.ndarray:
 
 def disagreements(
     end: Probes, arms: Sequence[str], reference: str
-) -> dict[str, list[tuple[str, int, int]]]:
-    """Of each arm the first test examples that it alone gets right: picture, class, taken for.
+) -> dict[str, list[tuple[bytes, int, int]]]:
+    """Of each arm the first test examples that it alone gets right: a PNG, class, taken for.
 
     They are taken for what the reference says, and where that is right, the first of the others;
     none where there are no others.
@@ -55,7 +54,7 @@ def disagreements(
     }
 
 
-def _draw(image: np.ndarray) -> str:
+def _draw(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="png")
-    return png_uri(buffer.getvalue())
+    return buffer.getvalue()

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from bnjax.errors import CheckpointError, shorten
 from bnjax.files import WriteError
 from bnjax.statistics import summarize
-from experiments.lab import divergences, metrics, presets, rundir
+from experiments.lab import divergences, metrics, options, presets, rundir
 from experiments.lab.run import Run
 from experiments.report import figures, layers, predictions, words
 from experiments.report.figures import Probes, Styles, features_of
@@ -97,6 +97,7 @@ def redraw(path: Path, *, ended: bool = False) -> None:
         names=names,
         notebook=presets.NOTEBOOKS[experiment.preset],
         parts=parts,
+        repeat=options.repeat,
         run=run,
         seconds=float(np.median([line["seconds"] for line in run.lines])),
         summary=summary,
