@@ -87,12 +87,13 @@ class Checkpoints:
         """
         for epochs in reversed(processes.allgather_object(_epochs(self._directory))[0]):
             path, problem = file_of(self._directory, epochs), None
-            try:
-                if epochs > at_most:
-                    raise DamagedCheckpointError(f"{path}: only {at_most} epochs are recorded")
-                found = self.at(epochs, states)
-            except DamagedCheckpointError as error:
-                problem = str(error)
+            if epochs > at_most:
+                problem = f"{path}: only {at_most} epochs are recorded"
+            else:
+                try:
+                    found = self.at(epochs, states)
+                except DamagedCheckpointError as error:
+                    problem = str(error)
             problems = list(filter(None, processes.allgather_object(problem)))
             if not problems:
                 return epochs, found
@@ -137,7 +138,7 @@ def _checksum(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> 
 
 def _epochs(directory: Path) -> list[int]:
     """After how many epochs there are checkpoints."""
-    names = (file.name for file in directory.glob("epoch-*"))
+    names = [file.name for file in directory.iterdir()] if directory.is_dir() else []
     found = (re.fullmatch(r"epoch-(\d{3,})\.safetensors", name) for name in names)
     return sorted(int(one[1]) for one in found if one)
 

@@ -11,20 +11,30 @@ Kiros & Hinton, "Layer Normalization" (2016), section 3.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
+import flax.struct
 import jax.numpy as jnp
 from jax import Array
 
 
-class Cache(NamedTuple):
-    """What the forward pass keeps for the backward passes: as in `batchnorm_forward`, with std
-    `[1, D]`, and gamma `[1, D]` or, in layer normalization, `[N, 1]`."""
+@flax.struct.dataclass
+class Cache:
+    """What the forward pass keeps for the backward passes.
+
+    Attributes:
+        x_centred, x_hat, std: as in `batchnorm_forward`, std `[1, D]`.
+        gamma: `[1, D]`, or `[N, 1]` in layer normalization.
+        axis: the axis or axes that the gradients of gamma and beta are summed over.
+        shape: what `dout` is reshaped to before, in Fortran's order.
+    """
 
     x_centred: Array
     x_hat: Array
     std: Array
     gamma: Array
+    axis: int | tuple[int, ...] = flax.struct.field(pytree_node=False)
+    shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
 
 def batchnorm_forward(
@@ -39,11 +49,12 @@ def batchnorm_forward(
     with means over axis 0. In mode "test" the running statistics take the place of mu and var.
 
     Args:
-        x: as the module says.
-        gamma, beta: both `[D]`, or columns `[N, 1]`, as are their gradients, without the 1.
+        x, gamma, beta: as the module says.
         bn_param: `mode` ("train" or "test", required); `eps` (1e-5); `momentum` (0.9), what the
             running statistics keep of themselves; `running_mean` and `running_var` (`[D]`, from
-            zeros).
+            zeros). Where `axis` (0) is another one, the rows of `x` are features in disguise:
+            gamma and beta are columns `[N, 1]`, their gradients are those of `dout` in `shape`
+            (that of `x`) summed over `axis`, and nothing is tracked.
 
     Returns:
         `out`; the cache for the backward passes (None in mode "test"); `bn_param` with the new
@@ -62,9 +73,9 @@ def batchnorm_forward(
         [3. 7.] [1.]
     """
     x, gamma, beta = _as_matrix(x), jnp.atleast_2d(gamma), jnp.atleast_2d(beta)
-    if gamma.shape != beta.shape or gamma.shape not in ((1, x.shape[1]), (x.shape[0], 1)):
+    if {gamma.shape, beta.shape} - {(1, x.shape[1]), (x.shape[0], 1), x.shape}:
         raise ValueError(f"gamma and beta have shapes {gamma.shape}, {beta.shape}: x has {x.shape}")
-    mode = bn_param.get("mode")
+    mode, axis = bn_param.get("mode"), bn_param.get("axis", 0)
     eps, momentum = bn_param.get("eps", 1e-5), bn_param.get("momentum", 0.9)
     running_mean = bn_param.get("running_mean", jnp.zeros(x.shape[1], x.dtype))
     running_var = bn_param.get("running_var", jnp.zeros(x.shape[1], x.dtype))
@@ -75,9 +86,10 @@ def batchnorm_forward(
         var = jnp.square(x_centred).mean(axis=0)
         std = jnp.sqrt(var + eps)[None]
         x_hat = x_centred / std
-        cache = Cache(x_centred, x_hat, std, gamma)
-        running_mean = momentum * running_mean + (1 - momentum) * mu
-        running_var = momentum * running_var + (1 - momentum) * var
+        cache = Cache(x_centred, x_hat, std, gamma, axis, bn_param.get("shape", x.shape))
+        if axis == 0:
+            running_mean = momentum * running_mean + (1 - momentum) * mu
+            running_var = momentum * running_var + (1 - momentum) * var
     elif mode == "test":
         x_hat = (x - running_mean[None]) / jnp.sqrt(running_var + eps)[None]
         cache = None
@@ -141,7 +153,7 @@ def layernorm_forward(
 ) -> tuple[Array, Cache | None]:
     """Layer normalization: every row of `x` has mean 0 and variance 1, then gamma and beta.
 
-    It is batch normalization of the transpose, in training mode always:
+    It is batch normalization of the transpose, in training mode always, with `axis` 1:
 
         out.T = batchnorm_forward(x.T, gamma[:, None], beta[:, None])
 
@@ -154,7 +166,7 @@ def layernorm_forward(
     """
     x = _as_matrix(x)
     columns = jnp.atleast_2d(gamma).T, jnp.atleast_2d(beta).T
-    out, cache, _ = batchnorm_forward(x.T, *columns, {**ln_param, "mode": "train"})
+    out, cache, _ = batchnorm_forward(x.T, *columns, {**ln_param, "mode": "train", "axis": 1})
     return out.T, cache
 
 
@@ -163,7 +175,7 @@ def layernorm_backward(dout: Array, cache: Cache | None) -> tuple[Array, Array, 
 
         dx.T, dgamma, dbeta = batchnorm_backward_alt(dout.T)
 
-    Results and errors as for `batchnorm_backward`.
+    Results as for `batchnorm_backward`.
 
     Example:
         >>> _, cache = layernorm_forward(jnp.array([[1.0, 3.0]]), jnp.ones(2), jnp.zeros(2), {})
@@ -188,6 +200,6 @@ def _scale_and_shift_backward(
     if cache is None:
         raise ValueError("the cache is None: expected that of a forward pass in mode 'train'")
     dout = jnp.asarray(dout)
-    axes = tuple(axis for axis, size in enumerate(cache.gamma.shape) if size == 1)
-    dgamma, dbeta = (a.sum(axes, keepdims=True).ravel() for a in (dout * cache.x_hat, dout))
+    dgamma = (dout * cache.x_hat).reshape(cache.shape, order="F").sum(axis=cache.axis)
+    dbeta = dout.reshape(cache.shape, order="F").sum(axis=cache.axis)
     return cache, dout * cache.gamma, dgamma, dbeta

@@ -85,9 +85,9 @@ def from_torch(state_dict: Mapping[str, Any], model: MLP) -> dict[str, Any]:
     for place, slot in slots.items():
         name, defaults = names[place], {}
         layer = layers.pop(name, {})
-        chief = layer.get("running_mean", layer.get("weight"))
+        chief = layer.get("running_mean", layer.get("weight", np.zeros(())))
         whole = "running_mean" in layer and layer.keys() & {"weight", "bias"}
-        if chief is not None and not whole:
+        if chief.ndim and not whole:  # a Linear may have no bias, a BatchNorm1d no affine part
             zeros = np.zeros(chief.shape[:1], chief.dtype)
             defaults = {"weight": np.ones_like(zeros), "bias": zeros}
         given = {**defaults, **layer}
@@ -172,8 +172,10 @@ def _match(
     The first slot takes the one layer that has its shape and no layer before it, the last the one
     that has none after it, and so on inwards.
     """
-    if layers.keys() <= slots.keys() or layers.keys() >= slots.keys():
-        return {name: name for name in slots}
+    prefixes = {re.sub(r"\d+\.$", "", name) for name in layers}
+    usual = {name: (min(prefixes) if len(prefixes) == 1 else "") + name for name in slots}
+    if layers.keys() <= set(usual.values()) or layers.keys() >= set(usual.values()):
+        return usual
     # Text and numbers in turn, beginning with text.
     parts = {a: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", a)] for a in layers}
     left = sorted(layers, key=parts.__getitem__)

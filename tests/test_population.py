@@ -379,7 +379,7 @@ def test_a_module_is_compiled_once_for_each_shape():
     expected = estimate(module, variables, batches)
     Counted.traced.clear()
     for _ in range(3):
-        chex.assert_trees_all_equal(estimate(module, variables, batches), expected)
+        chex.assert_trees_all_equal(estimate(Counted(), variables, batches), expected)
     assert Counted.traced == []
     estimate(module, variables, [normal((30, 4), dtype=np.float32)])
     assert len(Counted.traced) == 1

@@ -185,15 +185,18 @@ def test_impossible_arms_are_refused_before_anything_is_trained(tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("content", [{"0.0001": {}}, {}, [], "abc"])
-def test_cells_that_are_not_of_this_sweep(swept, capsys, content):
+@pytest.mark.parametrize(
+    ("content", "lacking"),
+    [({"0.0001": {}}, "0.01"), ({}, "0.0001, 0.01"), ([], "0.0001, 0.01"), ("abc", "0.0001, 0.01")],
+)
+def test_cells_that_are_not_of_this_sweep(swept, capsys, content, lacking):
     file = swept / "cells" / "relu-100.json"
     before = file.read_bytes()
     file.write_text(json.dumps(content))
     try:
         assert sweep.main([*GRID, "0.0001", "0.01", "--out", str(swept)]) == 2
         told = capsys.readouterr().err
-        assert "damaged: it lacks 0.0001, 0.01; delete it to train it again" in told
+        assert f"damaged: it lacks {lacking}; delete it to train it again" in told
     finally:
         file.write_bytes(before)
 

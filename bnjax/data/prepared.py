@@ -32,8 +32,11 @@ def read(name: str, directory: Path) -> tuple[np.ndarray, ...] | None:
             return None
         import tensorflow_datasets as tfds  # slow, and mostly not needed
 
-        newest = max(places, key=lambda place: tfds.core.Version(place.name))
-        builder = tfds.builder_from_directory(newest)
+        places.sort(key=lambda place: tfds.core.Version(place.name), reverse=True)
+        builders = [tfds.builder_from_directory(place) for place in places]
+        kind = tfds.core.FileFormat.ARRAY_RECORD
+        readable = (one for one in builders if kind in one.info.available_file_formats())
+        builder = next(readable, builders[0])
         return *_read_split(builder, "train"), *_read_split(builder, "test")
     except Exception as error:  # TFDS and its file formats raise whatever they like
         raise DataError(

@@ -9,6 +9,7 @@ Flax's; and how a step scales over virtual devices of the CPU. Contenders take t
 compared, and the spread is the distance of the quartiles.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ def _measure(settings: Settings, console: Console) -> None:
     if {"epoch", "scaling"} & {*settings.parts}:
         with exits.user_errors():
             dataset = plan.load_data(settings.dataset, settings.data_dir, console)
+            dataclasses.replace(epoch.PRESET, batch_size=scaling.BATCH).check_against(dataset)
         parts |= {"epoch": partial(epoch.run, dataset), "scaling": partial(scaling.run, dataset)}
     found = rundir.provenance()
     for name in settings.parts:

@@ -1,10 +1,10 @@
 """Which replicates stopped being finite, and where: found after each epoch, kept in a file.
 
 A divergence is `{arm, replicate, epoch, step, layer}`, counted as there. Without a step all steps
-were finite and the evaluation after them was not; without a layer nobody could find it.
+were finite and the evaluation after them was not; without a layer nobody could find it, or looked.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnjax import paired, training
+from bnjax.checkpoint import Checkpoints
 from bnjax.errors import CheckpointError
 from bnjax.layer_taps import watch
 from bnjax.losses import cross_entropy
@@ -54,13 +55,18 @@ def find(epoch: Epoch, known: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 
 
 def locate(
-    found: Sequence[dict[str, Any]], trainer: Trainer, epoch: Epoch, before: Callable[[], States]
+    found: Sequence[dict[str, Any]], trainer: Trainer, epoch: Epoch, checkpoints: Checkpoints
 ) -> None:
     """Gives each divergence of an epoch its layer: the first that was not finite.
 
-    `before` gives the states before the epoch. No layer is looked for where devices normalize their
-    shares of a batch on their own.
+    The checkpoints have the states before the epoch. No layer is looked for where devices normalize
+    their shares of a batch on their own.
     """
+
+    def before() -> States:
+        done = epoch.number - 1
+        return checkpoints.at(done, epoch.states) if done else trainer.initial_states()
+
     if trainer.statistics == "local":
         return
     trained = any(one["step"] for one in found)

@@ -138,8 +138,11 @@ def _stopping() -> Iterator[Callable[[], None]]:
         raise_if_stopped()
 
     previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda dropped: dropped.exc_value in arrived or hook(dropped)
     try:
         yield raise_if_stopped
     finally:
+        sys.unraisablehook = hook
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -14,7 +14,7 @@ from bnjax import checkpoint
 from bnjax.errors import CheckpointError, CheckpointWarning
 from bnjax.paired import States
 from bnjax.parallel import processes
-from bnjax.training import Batch
+from bnjax.training import take
 from experiments.lab import console as display
 from experiments.lab import divergences, exits, metrics, plan, probes, rundir
 from experiments.lab.arms import ArmSpec
@@ -54,7 +54,8 @@ def run(made: Plan, console: Console, raise_if_stopped: Callable[[], None] = lam
     """
     experiment, execution = made.options.experiment, made.options.execution
     trainer, path, arms = made.trainer, made.path, experiment.arms
-    example = _choose_example(trainer.test, execution.feature_digit)
+    digit = np.array([np.argmax(trainer.test.labels == execution.feature_digit)])
+    example = take(trainer.test, digit)
     image, label = (np.asarray(values[0]) for values in example)
     rundir.write_arrays(path / "probes" / "example.npz", {"image": image, "label": label})
     decisive = {**dataclasses.asdict(experiment), "epochs": None}
@@ -80,11 +81,7 @@ def run(made: Plan, console: Console, raise_if_stopped: Callable[[], None] = lam
             found = divergences.find(epoch, known)
             what = "the first layer that was not finite could not be found"
             with exits.optional(console, what, "epoch and step are known"):
-
-                def before(number: int = epoch.number - 1, like: States = epoch.states) -> States:
-                    return checkpoints.at(number, like) if number else trainer.initial_states()
-
-                divergences.locate(found, trainer, epoch, before)
+                divergences.locate(found, trainer, epoch, checkpoints)
             for one in found:
                 display.print_plain(console, f"NOTE: {divergences.describe(one, labels)}")
             known += found
@@ -127,8 +124,3 @@ def _inspect_end(made: Plan, states: States) -> None:
     if replicate is not None:
         seen = probes.at_end(made.trainer, states, replicate)
         rundir.write_arrays(made.path / "probes" / "end.npz", seen)
-
-
-def _choose_example(test: Batch, digit: int) -> Batch:
-    index = int(np.argmax(test.labels == digit))
-    return Batch(test.images[index : index + 1], test.labels[index : index + 1])

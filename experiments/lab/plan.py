@@ -52,7 +52,8 @@ def prepare(arguments: Sequence[str], prog: str, description: str, console: Cons
                 open_report(resume)
             return None
     plan = processes.run_on_all(partial(make, chosen, console, saved=saved))
-    processes.check_same({"data": plan.config["dataset"], "mesh": _mesh_of(plan.trainer)})
+    mesh = dict(plan.trainer.placements[0].mesh.shape)
+    processes.check_same({"data": plan.config["dataset"], "mesh": mesh})
     return dataclasses.replace(plan, path=Path(processes.allgather_object(str(plan.path))[0]))
 
 
@@ -117,7 +118,7 @@ def make(
         experiment.bn_statistics,
         experiment.shared_init,
     )
-    mesh = _mesh_of(trainer)
+    mesh = dict(trainer.placements[0].mesh.shape)
     if experiment.bn_statistics == "local":
         _check_local(experiment, mesh, len(dataset.train_labels), saved)
     path = execution.resume or out or rundir.default_path(experiment.preset, dataset.name)
@@ -141,10 +142,6 @@ def set_up_jax(experiment: Experiment, cache: bool = True) -> None:
     if cache and (directory := data.cache_directory()):
         devices.enable_compilation_cache(directory / "programs")
     jax.config.update("jax_default_matmul_precision", experiment.matmul_precision)
-
-
-def _mesh_of(trainer: Trainer) -> dict[str, int]:
-    return dict(trainer.placements[0].mesh.shape)
 
 
 def describe_data(dataset: Dataset, requested: str) -> dict[str, str]:

@@ -50,12 +50,10 @@ def epoch_lines(
         print_plain(console, f"{f'{epoch}/{experiment.epochs}':<8}{told}{seconds:8.2f}")
         latest = {arm: of_arm[ACCURACY] for arm, of_arm in means.items()}
         best = max(latest, key=lambda arm: np.nan_to_num(latest[arm], nan=-1))
-        named = {arm: arm for arm in titles} if few else {best: f"best {best}"}
-        accuracies = ", ".join(
-            f"{name} {_format(ACCURACY, latest[a])}" for a, name in named.items()
-        )
+        shown_on_bar = [f"{arm} {_format(ACCURACY, latest[arm])}" for arm in latest]
+        told = ", ".join(shown_on_bar) if few else f"best {best} {_format(ACCURACY, latest[best])}"
         speed = examples * replicates * len(titles) / seconds
-        progress.update(task, completed=epoch, description=f"{accuracies}, {speed:,.0f} images/s")
+        progress.update(task, completed=epoch, description=f"{told}, {speed:,.0f} images/s")
 
     names = titles.values() if few else titles
     heads = line(name if len(name) < width else f"{name[: width - 2]}…" for name in names).rstrip()

@@ -87,7 +87,7 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path} is not a run directory: config.json cannot be read ({error.strerror})"
         ) from error
     _check_object(file, config["dataset"], DATASET)
-    _check_object(file, config, {"resumed": list} if "resumed" in config else {})
+    _check_object(file, {"resumed": [], **config}, {"resumed": list})
     if (saved_by := str(config["versions"].get("bnjax"))).startswith("0.1."):
         raise CheckpointError(
             f"{path} was saved by bnjax {saved_by}, which this version cannot read: use that "
@@ -112,10 +112,10 @@ def read_object(file: Path, types: Mapping[str, type]) -> dict[str, Any]:
 
 
 def _check_object(file: Path, content: Any, types: Mapping[str, type]) -> None:
-    if not isinstance(content, dict) or not all(
-        isinstance(content.get(name), kind) for name, kind in types.items()
-    ):
-        raise CheckpointError(f"{file} is damaged: it lacks {', '.join(types)}")
+    given = content if isinstance(content, dict) else {}
+    lacking = [name for name, kind in types.items() if not isinstance(given.get(name), kind)]
+    if lacking:
+        raise CheckpointError(f"{file} is damaged: it lacks {', '.join(lacking)}")
 
 
 def _refuse(constant: str) -> None:

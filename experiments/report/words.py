@@ -49,12 +49,12 @@ def headline(
     arm = max(summary["differences"], key=lambda arm: (found[arm]["n"], found[arm]["mean"] or 0))
     reference, replicates = summary["reference"], summary["replicates"]
     difference = summary["differences"][arm][METRIC]
-    finals = f"{accuracy[arm]} against {accuracy[reference]}"
     if len(found) == 2:
         if not difference["n"]:
             return "No pair of networks was left to compare: in each one of them diverged"
         against = UNSAID if titles[reference] == UNSAID else long[reference]
-        told = _compare(difference, against, finals, replicates)
+        finals = f": {accuracy[arm]} against {accuracy[reference]}"
+        told = _compare(difference, against, replicates, finals)
         return _capital(f"{long[arm]} test accuracy was {told}")
     most = max(one["n"] for one in found.values())
     ranked = [arm for arm, one in found.items() if one["n"] == most]
@@ -63,22 +63,22 @@ def headline(
     told = f"Test accuracy was best {' and '.join(long[arm] for arm in best)}, {highest}"
     if difference["n"]:
         told += ": " if best == [arm] else f"; {short[arm]} it was "
-        told += _compare(difference, long[reference], finals, replicates)
+        told += _compare(difference, long[reference], replicates)
     lost = ", ".join(
         f"{short[arm]} in {replicates - found[arm]['n']}" for arm in found if arm not in ranked
     )
     return told + f"; not ranked, as they diverged: {lost} of {replicates}" * bool(lost)
 
 
-def _compare(difference: Mapping[str, Any], against: str, finals: str, replicates: int) -> str:
-    """How much higher the first is, and how sure that is; of a single pair both are told."""
+def _compare(difference: Mapping[str, Any], against: str, replicates: int, finals: str = "") -> str:
+    """How much higher the first is, and how sure that is; of a single pair also the `finals`."""
     points, n, wins = round(100 * difference["mean"], 1), difference["n"], difference["wins"]
     told = f"{abs(points):.1f} points {'higher' if points > 0 else 'lower'}"
     told += f" than {against}" * (against != UNSAID)
     if not points:
         told = f"the same as {against}"
     if difference["interval"] is None:
-        told += f": {finals}, in one replicate"
+        told += f"{finals}, in one replicate"
     else:
         count = n - wins - difference["ties"] if points < 0 else wins
         low, high = (100 * bound for bound in difference["interval"])
