@@ -73,7 +73,7 @@ def test_commands_compute_bitwise_the_same_on_a_single_core(on_one_device, tmp_p
 
 
 @pytest.mark.parametrize(("cores", "devices"), [(3, 3), (100, 64)])
-@pytest.mark.parametrize("asked", ["", "200"])
+@pytest.mark.parametrize("asked", ["", pytest.param("200", marks=pytest.mark.slow)])
 def test_cores_become_devices_up_to_a_limit(cores, devices, asked):
     code = (
         f"import jax; from experiments.lab.devices import set_cpu_devices; set_cpu_devices({asked})"

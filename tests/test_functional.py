@@ -220,7 +220,7 @@ def test_one_sample_on_each_of_two_devices_is_enough():
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("offset", [0.0, 3.0])
+@pytest.mark.parametrize("offset", [pytest.param(0.0, marks=pytest.mark.slow), 3.0])
 def test_derivatives_to_second_order_in_both_modes(masked, offset):
     x = jnp.asarray(normal((6, 2), offset, dtype=np.float64))
     mask = jnp.array([1, 1, 0, 1, 1, 1], bool) if masked else None

@@ -96,7 +96,7 @@ def operations(model, variables, x):
     return Counter(re.findall(r" = (\w+)", str(program)))
 
 
-@pytest.mark.parametrize("name", ["relu", "tanh"])
+@pytest.mark.parametrize("name", ["relu", pytest.param("tanh", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("hidden_sizes", [(6,), (6, 5), (6, 5, 4)])
 def test_folding_leaves_the_logits_and_no_normalization(name, hidden_sizes):
     model = models.MLP(hidden_sizes, 3, activation=models.activation(name))

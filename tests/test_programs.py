@@ -69,7 +69,7 @@ class TestExport:
     """A symbolic batch: what comes out is what the function itself computes."""
 
     @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.parametrize("rank", [2, 4])
+    @pytest.mark.parametrize("rank", [pytest.param(2, marks=pytest.mark.slow), 4])
     def test_layer_in_training_with_gradients_and_masks(self, kind, rank):
         layer = bnjax.BatchNorm(use_running_average=False, **KINDS[kind])
         x = normal(8, *(3, 3)[: rank - 2], 6)
@@ -134,7 +134,7 @@ class TestExport:
         assert_close(call(normal(12, 6)), apply(normal(12, 6)))
 
     @pytest.mark.parametrize("folded", [False, True])
-    @pytest.mark.parametrize("shape", [(6,), (2, 3)])
+    @pytest.mark.parametrize("shape", [pytest.param((6,), marks=pytest.mark.slow), (2, 3)])
     def test_networks(self, shape, folded):
         model = models.MLP((8, 5), 3, dropout_rate=0.3)
         variables = jax.jit(partial(model.init, train=True))(KEY, normal(4, *shape))
@@ -290,7 +290,11 @@ class TestStrictPromotion:
     @pytest.mark.parametrize(
         ("kind", "images", "labels"),
         [
-            *((kind, np.uint8, np.int32) for kind in KINDS if kind != "all"),
+            *(
+                pytest.param(kind, np.uint8, np.int32, marks=pytest.mark.slow)
+                for kind in KINDS
+                if kind != "all"
+            ),
             *(("all", images, np.uint8) for images in (np.uint8, np.float32)),
         ],
     )

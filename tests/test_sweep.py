@@ -64,6 +64,7 @@ def test_leaves_a_page_a_picture_and_numbers(swept):
     assert "points" in page
 
 
+@pytest.mark.slow
 def test_a_cell_does_not_depend_on_the_others(swept, tmp_path):
     """Bitwise: replicates of a CPU are trained one after the other."""
     path = tmp_path / "out"

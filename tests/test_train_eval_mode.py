@@ -71,7 +71,10 @@ def test_a_handful_of_images_is_enough(tmp_path, capsys):
     assert "7 test images of mnist" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("arm", "told"), [("batch_renorm", "Batch re"), ("ghost_bn(2)", "Ghost")])
+@pytest.mark.parametrize(
+    ("arm", "told"),
+    [pytest.param("batch_renorm", "Batch re", marks=pytest.mark.slow), ("ghost_bn(2)", "Ghost")],
+)
 def test_another_arm(tmp_path, capsys, arm, told):
     arguments = [*write_images(tmp_path / "data", 30, 7), "--out", str(tmp_path / "out")]
     with blank_pictures():

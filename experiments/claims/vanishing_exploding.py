@@ -84,7 +84,7 @@ def draw(evidence: Evidence) -> Figure:
     for name, values in norms.items():
         figures.draw_band(right, styles[name], range(1, DEPTH + 2), values)
     right.set(xlabel="layer, from the input on, after training", yscale="log")
-    right.legend(fontsize=7)
+    figure.legend(loc="outside lower center", ncols=4)
     return figure
 
 
