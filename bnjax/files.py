@@ -28,8 +28,9 @@ def write(path: Path, content: bytes, *, sync: bool = False) -> None:
         WriteError: if it cannot be written.
     """
     partial = path.with_name(f".{path.name}.partial")
-    with naming(path):
+    with naming(path.parent):
         path.parent.mkdir(exist_ok=True)
+    with naming(path):
         with partial.open("wb") as file:
             file.write(content)
             if sync:
