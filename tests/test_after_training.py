@@ -276,6 +276,7 @@ CONFIG = json.dumps(
 )
 
 
+@pytest.mark.slow
 def test_a_sweep_keeps_its_numbers_where_its_map_fails(tmp_path, monkeypatch, capsys):
     arguments = ["--dataset", "digits", "--epochs", "1", "--replicates", "2"]
     arguments += ["--out", str(tmp_path / "sweep")]

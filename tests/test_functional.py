@@ -219,7 +219,7 @@ def test_one_sample_on_each_of_two_devices_is_enough():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("offset", [pytest.param(0.0, marks=pytest.mark.slow), 3.0])
 def test_derivatives_to_second_order_in_both_modes(masked, offset):
     x = jnp.asarray(normal((6, 2), offset, dtype=np.float64))

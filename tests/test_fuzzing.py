@@ -473,6 +473,7 @@ def run(tmp_path_factory) -> Path:
     return home / "a<script>b"
 
 
+@pytest.mark.slow
 class TestReport:
     def test_of_a_path_with_markup(self, run):
         page = (run / "report.html").read_text()

@@ -72,6 +72,7 @@ def of_point(tree, number):
     return jax.tree.map(lambda a: np.split(np.asarray(a), len(POINTS))[number], tree)
 
 
+@pytest.mark.slow
 def test_a_point_is_bitwise_what_it_is_alone(trained):
     alone = grid(POINTS[1:2])
 

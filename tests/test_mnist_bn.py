@@ -713,6 +713,7 @@ class TestDivergence:
         summary = json.loads((diverged.path / "summary.json").read_text())
         assert summary["divergences"] == marks
 
+    @pytest.mark.slow
     def test_that_only_the_evaluation_meets_is_marked_without_a_step(self, tmp_path):
         path = tmp_path / "run"
         full_batch = "--batch-size", 1437, "--learning-rate", 1e38, "--epochs", 1

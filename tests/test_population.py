@@ -137,7 +137,13 @@ class Convolutional(nn.Module):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    "module", [MLP((6, 5), 3), Convolutional(), Convolutional(axis=1), Convolutional(nn.BatchNorm)]
+    "module",
+    [
+        MLP((6, 5), 3),
+        Convolutional(axis=1),
+        pytest.param(Convolutional(), marks=pytest.mark.slow),
+        pytest.param(Convolutional(nn.BatchNorm), marks=pytest.mark.slow),
+    ],
 )
 def test_layer_by_layer_is_training_mode_on_everything_as_one_batch(module):
     batches = drifting(UNEQUAL, 5, 4, 2)

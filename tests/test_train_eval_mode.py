@@ -65,6 +65,7 @@ def write_images(path, train, test):
     return ["--dataset", "mnist", "--data-dir", str(write_idx(path, *noise(train, test)))]
 
 
+@pytest.mark.slow
 def test_a_handful_of_images_is_enough(tmp_path, capsys):
     arguments = [*write_images(tmp_path / "data", 30, 7), "--out", str(tmp_path / "out")]
     assert train_eval_mode.main(arguments) == 0
