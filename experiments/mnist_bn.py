@@ -77,16 +77,18 @@ def _claim(made: Plan, stack: contextlib.ExitStack) -> None:
 
 
 def _finish(path: Path, console: Console) -> int:
+    summary = None
     then = f"python -m experiments.report {shlex.quote(str(path))} tries again"
     with exits.optional(console, "the report could not be drawn", then):
         from experiments import report  # matplotlib takes a third of a second
 
         with display.show_warnings(console, rundir.ReportWarning):
-            report.redraw(path, ended=True)
+            summary = report.redraw(path, ended=True)
         display.print_plain(console, f"report: {path / 'report.html'}")
     run = Run(path)  # which may have been removed
-    summary = run.summarize()
-    rundir.write_json(path / "summary.json", summary)
+    if summary is None:
+        summary = run.summarize()
+        rundir.write_json(path / "summary.json", summary)
     console.print(display.closing_table(summary, run.titles))
     diverged = [arm for arm in run.arms if summary["arms"][arm]["train_cost"]["n"] == 0]
     for arm in diverged:

@@ -5,6 +5,7 @@ were finite and the evaluation after them was not; without a layer nobody could 
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -62,13 +63,10 @@ def locate(
     The checkpoints have the states before the epoch. No layer is looked for where devices normalize
     their shares of a batch on their own.
     """
-
-    def before() -> States:
-        done = epoch.number - 1
-        return checkpoints.at(done, epoch.states) if done else trainer.initial_states()
-
     if trainer.statistics == "local":
         return
+    done = epoch.number - 1
+    before = partial(checkpoints.at, done, epoch.states) if done else trainer.initial_states
     trained = any(one["step"] for one in found)
     started: States = processes.gather(processes.run_on_all(before)) if trained else {}
     for one in found:

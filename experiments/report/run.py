@@ -53,10 +53,11 @@ class Parts:
             self.missing.append(f"{what} ({shorten(error)}): {again}")
 
 
-def redraw(path: Path, *, ended: bool = False) -> None:
+def redraw(path: Path, *, ended: bool = False) -> dict[str, Any]:
     """Writes `summary.json`, the pictures and `report.html` of a run that has ended.
 
     A part that cannot be drawn or was not recorded costs a `ReportWarning` and a line on the page.
+    The summary is returned.
 
     Args:
         path: a run directory with `config.json`, `metrics.jsonl` and `probes`.
@@ -106,6 +107,7 @@ def redraw(path: Path, *, ended: bool = False) -> None:
     for part in parts.missing:
         warnings.warn(f"the report lacks {part}", rundir.ReportWarning, stacklevel=2)
     rundir.write_json(path / "summary.json", summary)
+    return summary
 
 
 def look_inside(run: Run, parts: Parts, styles: Styles) -> dict[str, Any]:
